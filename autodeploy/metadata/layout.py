@@ -1,0 +1,38 @@
+"""The layout: what the host says about a ragged batch, and nothing that can be derived from it.
+
+One int32 row per sequence, so that the whole batch is one rectangular tensor and one host-to-device copy:
+
+    layout_SC = [ query_len | context_len | state_slot | block table of group 0 (P) | ... of group G-1 (P) ]
+
+S = sequences (rows beyond the real ones are padding), C = 3 + G * P, G = KV groups, P = pages per sequence.
+A padding row is all zeros: no tokens, scratch page 0, scratch state slot 0.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+QUERY_LEN, CONTEXT_LEN, STATE_SLOT, NUM_FIXED_COLUMNS = 0, 1, 2, 3
+SCRATCH_PAGE = 0
+SCRATCH_STATE = 0
+
+
+@dataclass(frozen=True)
+class LayoutSpec:
+    """What a compiled graph fixes about its layouts.
+
+    `num_groups` KV groups (each with its own block table), `page_size` tokens per page.
+    `windows[g]` is the sliding window of group g in tokens, None for full attention.
+    `has_state` tells whether any node keeps a per-sequence state (convolution, SSM).
+    """
+
+    page_size: int
+    windows: tuple[int | None, ...]
+    has_state: bool = False
+
+    @property
+    def num_groups(self) -> int:
+        return len(self.windows)
+
+    def num_columns(self, pages_per_sequence: int) -> int:
+        return NUM_FIXED_COLUMNS + self.num_groups * pages_per_sequence

@@ -1,0 +1,142 @@
+"""`autodeploy::attention`: softmax attention with everything a layer can ask of it.
+
+Shapes: B batch, H query heads, K key-value heads, S tokens, D key size, E value size.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, fx
+
+from autodeploy.errors import UnsupportedFeature, module_path, node_location
+from autodeploy.ops.spec import Kind, Site
+
+
+@torch.library.custom_op("autodeploy::attention", mutates_args=())
+def attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    sinks: Tensor | None = None,
+    bias: Tensor | None = None,
+    cu_seqlens: Tensor | None = None,
+    *,
+    scale: float,
+    causal: bool = True,
+    window: int | None = None,
+    softcap: float | None = None,
+) -> Tensor:
+    """softmax(softcap(Q Kᵀ · scale) + bias + mask) V, in the arithmetic of transformers' eager attention.
+
+    query [B, H, S, D], key [B, K, S, D], value [B, K, S, E] -> [B, S, H, E], in query's dtype; H is a multiple of K.
+    A query at position i sees keys j <= i if `causal`, and only j > i - window if `window` is given.
+    `softcap` c squashes scores to c·tanh(score / c) (Gemma 2). `sinks` [H] is one more logit per head that takes
+    probability and gives nothing (gpt-oss). `bias` is added to the scores, broadcastable to [B, H, S, S].
+    `cu_seqlens` [N + 1] int32 cuts one packed row (B = 1) into N sequences that do not see each other; tokens after
+    the last sequence are padding and see only themselves.
+    """
+    mask_QS = _mask(query.shape[2], causal, window, cu_seqlens, query.device)
+    return attend(query, key, value, mask_QS, scale=scale, softcap=softcap, sinks=sinks, bias=bias).transpose(1, 2).contiguous()
+
+
+@attention.register_fake
+def _(query, key, value, sinks=None, bias=None, cu_seqlens=None, *, scale, causal=True, window=None, softcap=None):  # noqa: ANN001, ANN202
+    return query.new_empty(query.shape[0], query.shape[2], query.shape[1], value.shape[3])
+
+
+def attend(
+    query_BHQD: Tensor,
+    key_BKSD: Tensor,
+    value_BKSE: Tensor,
+    mask: Tensor | None,
+    *,
+    scale: float,
+    softcap: float | None = None,
+    sinks: Tensor | None = None,
+    bias: Tensor | None = None,
+) -> Tensor:
+    """The arithmetic shared by the canonical op and the oracle backend; `mask` is True where a key is seen.
+
+    Returns [B, H, Q, E].
+    """
+    group_size = query_BHQD.shape[1] // key_BKSD.shape[1]
+    key_BHSD = key_BKSD.repeat_interleave(group_size, dim=1)
+    value_BHSE = value_BKSE.repeat_interleave(group_size, dim=1)
+    scores_BHQS = torch.matmul(query_BHQD, key_BHSD.transpose(2, 3)) * scale
+    if softcap is not None:
+        scores_BHQS = torch.tanh(scores_BHQS / softcap) * softcap
+    if bias is not None:
+        scores_BHQS = scores_BHQS + bias
+    if mask is not None:
+        scores_BHQS = scores_BHQS.masked_fill(~mask, torch.finfo(scores_BHQS.dtype).min)
+    if sinks is None:
+        weights_BHQS = torch.softmax(scores_BHQS, dim=-1, dtype=torch.float32).to(query_BHQD.dtype)
+    else:
+        sinks_BHQ1 = sinks.reshape(1, -1, 1, 1).expand(scores_BHQS.shape[0], -1, scores_BHQS.shape[2], -1)
+        logits = torch.cat([scores_BHQS, sinks_BHQ1], dim=-1)
+        logits = logits - logits.max(dim=-1, keepdim=True).values
+        weights_BHQS = torch.softmax(logits, dim=-1, dtype=logits.dtype)[..., :-1].to(value_BHSE.dtype)
+    return torch.matmul(weights_BHQS, value_BHSE)
+
+
+def _mask(
+    num_tokens: int, causal: bool, window: int | None, cu_seqlens: Tensor | None, device: torch.device
+) -> Tensor | None:
+    """[S, S] bool, True where query i sees key j, or None where everything is seen."""
+    if not causal and window is None and cu_seqlens is None:
+        return None
+    index_S = torch.arange(num_tokens, device=device)
+    distance_SS = index_S[:, None] - index_S[None, :]
+    seen_SS = torch.ones_like(distance_SS, dtype=torch.bool)
+    if causal:
+        seen_SS = distance_SS >= 0
+    if window is not None:
+        seen_SS = seen_SS & (distance_SS < window) & (distance_SS > -window)
+    if cu_seqlens is not None:
+        sequence_S = torch.searchsorted(cu_seqlens, index_S.to(cu_seqlens.dtype), right=True)
+        padding_S = index_S >= cu_seqlens[-1]
+        seen_SS = seen_SS & (sequence_S[:, None] == sequence_S[None, :])
+        seen_SS = torch.where(padding_S[:, None], distance_SS == 0, seen_SS)
+    return seen_SS
+
+
+def _tensors(node: fx.Node) -> tuple[object, ...]:
+    """query, key, value, sinks, bias of an attention node."""
+    padded = (*node.args, None, None)[:5]
+    return tuple(node.kwargs.get(name, arg) for name, arg in zip(("query", "key", "value", "sinks", "bias"), padded, strict=True))
+
+
+def _describe(node: fx.Node) -> Site:
+    query, key, value, sinks, bias = _tensors(node)
+    if not all(isinstance(arg, fx.Node) and "val" in arg.meta for arg in (query, key, value)):
+        raise UnsupportedFeature("an attention node whose inputs have no recorded shapes", where=node_location(node))
+    q, k, v = (arg.meta["val"] for arg in (query, key, value))
+    window = node.kwargs.get("window")
+    return Site(
+        kind="attention",
+        path=module_path(node) or node.name,
+        layer_type="full_attention" if window is None else "sliding_attention",
+        dtype=q.dtype,
+        device=q.device,
+        window=window,
+        params={
+            "num_heads": int(q.shape[1]),
+            "num_kv_heads": int(k.shape[1]),
+            "head_dim": int(k.shape[3]),
+            "value_dim": int(v.shape[3]),
+            "scale": node.kwargs["scale"],
+            "causal": node.kwargs.get("causal", True),
+            "softcap": node.kwargs.get("softcap"),
+            "has_sinks": sinks is not None,
+            "has_bias": bias is not None,
+        },
+    )
+
+
+KIND = Kind(
+    name="attention",
+    op=torch.ops.autodeploy.attention.default,
+    describe=_describe,
+    tensors=_tensors,
+    meaning="softmax attention: MHA, MQA, GQA; full or sliding; softcap, sinks, bias",
+)
