@@ -1,0 +1,113 @@
+"""`trace(model)`: torch.export of a transformers causal LM, with what layers ask of attention kept as canonical nodes.
+
+Before: `model.forward(input_ids, attention_mask, position_ids, past_key_values, ...)`, Python.
+After:  `gm(input_ids [B, S] int64, position_ids [B, S] int64) -> logits [B, S, V]`, ATen plus one
+`autodeploy::attention` or `autodeploy::causal_conv1d` node per stateful layer; weights are the model's own.
+"""
+
+from __future__ import annotations
+
+import inspect
+from typing import Any
+
+import torch
+from torch import fx, nn
+from torch.export import Dim, ExportedProgram
+from torch.utils import _pytree as pytree
+from torch.utils._sympy.numbers import int_oo
+from transformers import PreTrainedModel
+
+from autodeploy.errors import AutodeployError, NoAttentionFound, TraceError, UnsupportedFeature, node_location
+from autodeploy.ops.registry import kind_of
+from autodeploy.trace.patches import traceable
+
+# Any two sizes above one that differ: they become symbols.
+_EXAMPLE_SHAPE = (2, 12)
+_NEAR_MISSES = ("scaled_dot_product_attention", "softmax", "bmm", "matmul", "conv1d", "baddbmm")
+_NUM_NEAR_MISSES = 8
+
+
+def trace(model: PreTrainedModel) -> fx.GraphModule:
+    """The graph of `model`, which is left as found and shares its parameters and buffers with the result.
+
+    Placeholders are `input_ids` and, where the model's forward takes them, `position_ids`, both [B, S] int64 with
+    every B and S allowed; the only output is the logits [B, S, V]. A batch row is one sequence without padding.
+    Raises TraceError, NoAttentionFound, or UnsupportedFeature with the layer's module path.
+    """
+    if not isinstance(model, PreTrainedModel) or model.get_output_embeddings() is None:
+        raise TraceError(
+            f"{type(model).__name__} is not a transformers causal language model",
+            fix="load it with transformers.AutoModelForCausalLM.from_pretrained",
+        )
+    program = _export(model)
+    _check_dynamic(program, model)
+    gm = _plain(program)
+    _check_attention(gm, model)
+    return gm
+
+
+def _export(model: PreTrainedModel) -> ExportedProgram:
+    inputs: dict[str, Any] = {"input_ids": torch.zeros(_EXAMPLE_SHAPE, dtype=torch.int64, device=model.device)}
+    if "position_ids" in inspect.signature(model.forward).parameters:
+        positions = torch.arange(_EXAMPLE_SHAPE[1], device=model.device)
+        inputs["position_ids"] = positions.expand(_EXAMPLE_SHAPE).contiguous()
+    shapes: dict[str, Any] = {name: {0: Dim.DYNAMIC, 1: Dim.DYNAMIC} for name in inputs}
+    with traceable(model), torch.no_grad():
+        try:
+            return torch.export.export(
+                model, (), {**inputs, "use_cache": False}, dynamic_shapes={**shapes, "use_cache": None}, strict=False
+            )
+        except AutodeployError:
+            raise
+        except Exception as error:
+            reason = str(error).strip().splitlines() or [""]
+            raise TraceError(
+                f"torch.export failed: {type(error).__name__}: {reason[0]}",
+                where=type(model).__name__,
+                fix="the chained exception has the model's source line",
+            ) from error
+
+
+def _check_dynamic(program: ExportedProgram, model: nn.Module) -> None:
+    """Refuse a graph that is right for some sizes only: the model's code branched on the example's."""
+    for symbol, sizes in program.range_constraints.items():
+        if symbol.name.startswith("s") and (sizes.lower > 2 or sizes.upper != int_oo):
+            raise TraceError(
+                f"the graph holds for sizes {sizes.lower} to {sizes.upper} only", where=type(model).__name__
+            )
+
+
+def _plain(program: ExportedProgram) -> fx.GraphModule:
+    """One output and ordinary code: no pytrees, no guards, no inputs that are constants."""
+    exported = program.module(check_guards=False)
+    assert isinstance(exported, fx.GraphModule)
+    graph = exported.graph
+    output = graph.output_node()
+    leaves = output.args[0]
+    assert isinstance(leaves, (tuple, list))
+    result = pytree.tree_unflatten(list(leaves), program.call_spec.out_spec)
+    output.args = (result.logits if hasattr(result, "logits") else result[0],)
+    for node in graph.find_nodes(op="placeholder"):
+        if node.target not in ("input_ids", "position_ids"):
+            graph.erase_node(node)
+    graph.set_codegen(fx.graph.CodeGen())
+    graph.eliminate_dead_code()
+    return fx.GraphModule(exported, graph)
+
+
+def _check_attention(gm: fx.GraphModule, model: nn.Module) -> None:
+    nodes = [node for node in gm.graph.nodes if node.op == "call_function"]
+    if not any(kind_of(node.target) for node in nodes):
+        near = [f"{node.target} at {node_location(node)}" for node in nodes if _is_near_miss(node)]
+        raise NoAttentionFound(
+            f"no attention or convolution of {type(model).__name__} goes through transformers' interfaces",
+            where="; ".join(near[:_NUM_NEAR_MISSES]) or "no softmax or matmul pair either",
+        )
+    marker = torch.ops.autodeploy.mask_marker.default
+    for node in gm.graph.find_nodes(op="call_function", target=marker):
+        user = next(iter(node.users))
+        raise UnsupportedFeature(f"a mask that {user.target} changes or reads", where=node_location(user))
+
+
+def _is_near_miss(node: fx.Node) -> bool:
+    return any(name in str(node.target) for name in _NEAR_MISSES)

@@ -1,0 +1,105 @@
+"""Our entries in transformers' attention and mask interfaces: what a layer asks for becomes one canonical node."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.fx.experimental.symbolic_shapes import statically_known_true
+from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+from autodeploy.errors import UnsupportedFeature
+from autodeploy.ops.attention import attention
+from autodeploy.trace.mask import Mask, MaskFunction, mask_marker, read_mask
+
+IMPLEMENTATION = "autodeploy_trace"
+_MASK_ATTRIBUTE = "_autodeploy_mask"
+_DEFAULT_NUM_POSITIONS = 131072
+# Tensors that some layers pass on for other kernels, and that the mask or the canonical op already accounts for.
+_REDUNDANT_TENSORS = frozenset({"position_ids"})
+
+
+@contextmanager
+def registered(model: nn.Module) -> Iterator[None]:
+    """While open, the implementation name IMPLEMENTATION exists and reports errors with module paths of `model`."""
+    paths = {id(module): path for path, module in model.named_modules()}
+
+    def attention_forward(module: nn.Module, *args: Any, **kwargs: Any) -> tuple[Tensor, None]:
+        where = paths.get(id(module)) or type(module).__name__
+        return _attention(where, *args, **kwargs), None
+
+    ALL_ATTENTION_FUNCTIONS.register(IMPLEMENTATION, attention_forward)
+    ALL_MASK_ATTENTION_FUNCTIONS.register(IMPLEMENTATION, _mask)
+    try:
+        yield
+    finally:
+        del ALL_ATTENTION_FUNCTIONS._global_mapping[IMPLEMENTATION]
+        del ALL_MASK_ATTENTION_FUNCTIONS._global_mapping[IMPLEMENTATION]
+
+
+def _mask(
+    *,
+    batch_size: int,
+    q_length: int,
+    kv_length: int,
+    mask_function: MaskFunction,
+    attention_mask: Tensor | None = None,
+    dtype: torch.dtype = torch.float32,
+    device: torch.device | str = "cpu",
+    config: Any = None,
+    **_: Any,
+) -> Tensor:
+    """A marker tensor that carries what `mask_function` lets a query see."""
+    num_positions = getattr(config, "max_position_embeddings", None) or _DEFAULT_NUM_POSITIONS
+    mask = read_mask(mask_function, num_positions)
+    if attention_mask is not None:
+        mask = Mask(refused="a padding mask that the model derives from its inputs")
+    marker = mask_marker(batch_size, q_length, kv_length, dtype, torch.device(device))
+    setattr(marker, _MASK_ATTRIBUTE, mask)
+    return marker
+
+
+def _attention(
+    where: str,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    scaling: float | None = None,
+    softcap: float | None = None,
+    s_aux: Tensor | None = None,
+    position_bias: Tensor | None = None,
+    **kwargs: Any,
+) -> Tensor:
+    """One `autodeploy::attention` node: query [B, H, S, D], key [B, K, S, D], value [B, K, S, E] -> [B, S, H, E].
+
+    `dropout` is ignored as eager attention does outside training, `sliding_window` and `is_causal` because eager
+    attention obeys the mask alone.
+    """
+    unknown = [name for name, arg in kwargs.items() if isinstance(arg, Tensor) and name not in _REDUNDANT_TENSORS]
+    if unknown:
+        raise UnsupportedFeature(f"attention with an extra tensor argument {unknown[0]!r}", where=where)
+    if not statically_known_true(query.shape[2] == key.shape[2]):
+        raise UnsupportedFeature("attention whose keys are not this sequence's own tokens", where=where)
+    if scaling is not None and not isinstance(scaling, (int, float)):
+        raise UnsupportedFeature("attention with a scale that is not a number", where=where)
+    mask = _mask_of(attention_mask, where)
+    scale = query.shape[-1] ** -0.5 if scaling is None else float(scaling)
+    return attention(
+        query, key, value, s_aux, position_bias, scale=scale, causal=mask.causal, window=mask.window, softcap=softcap
+    )
+
+
+def _mask_of(attention_mask: Tensor | None, where: str) -> Mask:
+    if attention_mask is None:
+        raise UnsupportedFeature("attention without a mask, which eager attention runs over all tokens", where=where)
+    mask = getattr(attention_mask, _MASK_ATTRIBUTE, None)
+    if mask is None:
+        raise UnsupportedFeature("attention with a mask that the model computed itself", where=where)
+    if mask.refused:
+        raise UnsupportedFeature(f"attention with {mask.refused}", where=where)
+    return mask
