@@ -11,6 +11,11 @@ A padding row is all zeros: no tokens, scratch page 0, scratch state slot 0.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import TypeVar
+
+import numpy as np
+
+IntOrArray = TypeVar("IntOrArray", int, np.ndarray)
 
 QUERY_LEN, CONTEXT_LEN, STATE_SLOT, NUM_FIXED_COLUMNS = 0, 1, 2, 3
 SCRATCH_PAGE = 0
@@ -36,3 +41,11 @@ class LayoutSpec:
 
     def num_columns(self, pages_per_sequence: int) -> int:
         return NUM_FIXED_COLUMNS + self.num_groups * pages_per_sequence
+
+    def first_read_page(self, group: int, context_len: IntOrArray) -> IntOrArray:
+        """First block-table entry that a sequence with `context_len` cached tokens still reads; may be negative.
+
+        The first new token stands at position c and sees c + 1 - window and later, the same as the field window_start.
+        """
+        window = self.windows[group]
+        return context_len * 0 if window is None else (context_len + 1 - window) // self.page_size

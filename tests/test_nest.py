@@ -1,0 +1,188 @@
+"""`nest_sequences` and the fields derived from what it packs, against loops that say the same one token at a time."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from autodeploy.errors import LayoutError
+from autodeploy.metadata import fields
+from autodeploy.metadata.layout import LayoutSpec
+from autodeploy.metadata.nest import Arena, nest_sequences
+
+SPEC = LayoutSpec(page_size=4, windows=(None, 6), has_state=True)
+
+
+@st.composite
+def batches(draw: st.DrawFn) -> tuple[LayoutSpec, dict]:
+    """A valid ragged batch: pages dealt from a shuffled deck, those behind a window freed or kept at random."""
+    page_size = draw(st.sampled_from([1, 2, 4, 16]))
+    windows = tuple(draw(st.lists(st.sampled_from([None, 1, 3, 8]), max_size=3)))
+    spec = LayoutSpec(page_size, windows, draw(st.booleans()))
+    rng = np.random.default_rng(draw(st.integers(0, 2**32 - 1)))
+    query = np.array(draw(st.lists(st.integers(1, 9), max_size=6)), dtype=np.int32)
+    context = np.array([draw(st.integers(0, 20)) for _ in query], dtype=np.int32)
+    used = -(-(query + context) // page_size)
+    width = int(used.max(initial=1)) + draw(st.integers(0, 2))
+    num_pages = int(used.sum()) + 2
+    tables = np.full((len(windows), len(query), width), -7, dtype=np.int32)
+    for group, window in enumerate(windows):
+        deck = rng.permutation(np.arange(1, num_pages)).tolist()
+        for row, count in enumerate(used):
+            tables[group, row, :count] = [deck.pop() for _ in range(count)]
+            dead = 0 if window is None else max(0, context[row] + 1 - window) // page_size
+            tables[group, row, : dead * draw(st.booleans())] = 0
+    batch = {
+        "token_ids": rng.integers(1, 100, query.sum()).astype(np.int32),
+        "query_lens": query,
+        "context_lens": context,
+        "block_tables": tables,
+        "state_slots": rng.permutation(np.arange(1, len(query) + 1)).astype(np.int32),
+        "num_pages": (num_pages,) * len(windows),
+        "num_state_slots": len(query) + 1,
+        "pages_per_sequence": width + draw(st.integers(0, 2)),
+        "pad_tokens": draw(st.integers(0, 70)),
+        "pad_sequences": draw(st.integers(1, 8)),
+    }
+    return spec, batch
+
+
+def naive_fields(spec: LayoutSpec, batch: dict) -> dict[str, list]:
+    """Every field the hard way; padding as the catalogue says."""
+    query, context = batch["query_lens"].tolist(), batch["context_lens"].tolist()
+    num_sequences = max(len(query), batch["pad_sequences"])
+    num_tokens = max(sum(query), batch["pad_tokens"])
+    starts, positions, rows = [0], [], []
+    for row, (new, cached) in enumerate(zip(query, context, strict=True)):
+        positions += range(cached, cached + new)
+        rows += [row] * new
+        starts.append(starts[-1] + new)
+    slots = {group: [] for group in range(spec.num_groups)}
+    for group in slots:
+        for row, position in zip(rows, positions, strict=True):
+            page = int(batch["block_tables"][group, row, position // spec.page_size])
+            slots[group].append(page * spec.page_size + position % spec.page_size)
+    pad_rows, pad_tokens = num_sequences - len(query), num_tokens - len(rows)
+    expected = {
+        "cu_seqlens_q": starts + [starts[-1]] * pad_rows,
+        "position_ids": positions + [0] * pad_tokens,
+        "seq_lens": [q + c for q, c in zip(query, context, strict=True)] + [0] * pad_rows,
+        "is_token": [True] * len(rows) + [False] * pad_tokens,
+        "state_slots": batch["state_slots"].tolist() + [0] * pad_rows,
+        "has_initial_state": [c > 0 for c in context] + [False] * pad_rows,
+    }
+    expected |= {f"slot_mapping_{group}": slot + [0] * pad_tokens for group, slot in slots.items()}
+    return expected
+
+
+@settings(deadline=None)
+@given(batches())
+def test_fields_of_a_nested_batch_equal_the_naive_loops(case: tuple[LayoutSpec, dict]) -> None:
+    spec, batch = case
+    nested = nest_sequences(**batch, spec=spec)
+    layout, num_tokens = nested.layout, nested.input_ids.shape[0]
+    per_token = {"position_ids", "is_token"}
+    for name, expected in naive_fields(spec, batch).items():
+        if name.startswith("slot_mapping_"):
+            group = int(name.removeprefix("slot_mapping_"))
+            actual = fields.get("slot_mapping").op(layout, num_tokens, group, spec.num_groups, spec.page_size)
+        else:
+            actual = fields.get(name).op(layout, num_tokens) if name in per_token else fields.get(name).op(layout)
+        assert actual.tolist() == expected, name
+    ids = batch["token_ids"].tolist()
+    assert nested.input_ids.tolist() == ids + [0] * (num_tokens - len(ids))
+    assert nested.layout.dtype is nested.input_ids.dtype is torch.int32
+    assert nested.layout.data_ptr() % 16 == nested.buffer.data_ptr() % 16, "Inductor would clone the layout"
+
+
+@settings(deadline=None)
+@given(batches())
+def test_unused_entries_and_padding_rows_name_only_scratch(case: tuple[LayoutSpec, dict]) -> None:
+    spec, batch = case
+    num_sequences = len(batch["query_lens"])
+    size = 200 + 8 * spec.num_columns(batch["pages_per_sequence"])
+    nested = nest_sequences(**batch, spec=spec, arena=Arena(torch.full((size,), 99, dtype=torch.int32)))
+    assert not nested.layout[num_sequences:].any()
+    for group, window in enumerate(spec.windows):
+        table = fields.get("block_table").op(nested.layout, group, spec.num_groups)
+        for row in range(num_sequences):
+            new, cached = int(batch["query_lens"][row]), int(batch["context_lens"][row])
+            first = 0 if window is None else max(0, cached + 1 - window) // spec.page_size
+            last = (cached + new - 1) // spec.page_size
+            assert table[row, first : last + 1].all()
+            assert not table[row, :first].any()
+            assert not table[row, last + 1 :].any()
+
+
+def decode_batch() -> dict:
+    """Two sequences at position 9 of page size 4: three pages each, the first behind the window of group 1."""
+    return {
+        "token_ids": np.array([5, 6]),
+        "query_lens": np.array([1, 1]),
+        "context_lens": np.array([9, 9]),
+        "block_tables": np.array([[[1, 2, 3], [4, 5, 6]], [[0, 2, 3], [0, 5, 6]]]),
+        "state_slots": np.array([1, 2]),
+        "num_pages": (7, 7),
+        "num_state_slots": 3,
+    }
+
+
+def table_with(group: int, row: int, entry: int, page: int) -> np.ndarray:
+    tables = decode_batch()["block_tables"]
+    tables[group, row, entry] = page
+    return tables
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"query_lens": [1, 0], "token_ids": [5]}, r"query_len is 0\n.*sequence 1"),
+        ({"query_lens": [2, -1], "token_ids": [5]}, r"query_len is -1\n.*sequence 1"),
+        ({"context_lens": [9, -2]}, r"context_len is -2\n.*sequence 1"),
+        ({"token_ids": [5, 6, 7]}, "query_lens add up to 2, but there are 3"),
+        ({"token_ids": [5.0, 6.0]}, "token_ids is float64"),
+        ({"context_lens": [9, 12]}, r"12 cached and 1 new tokens, but its block table holds 12\n.*sequence 1"),
+        ({"context_lens": np.array([9, 2**31 - 1], dtype=np.int32)}, "block table holds 12"),
+        ({"pages_per_sequence": 2}, r"block table holds 8\n.*sequence 0"),
+        ({"context_lens": [9]}, r"context_lens has shape \(1,\) for 2 sequences"),
+        ({"block_tables": np.ones((1, 2, 3), dtype=np.int32)}, r"block_tables has shape \(1, 2, 3\)"),
+        ({"block_tables": table_with(0, 1, 0, 0)}, r"entry 0 .* is page 0, outside 1\.\.6\n.*sequence 1, KV group 0"),
+        ({"block_tables": table_with(1, 0, 2, 7)}, r"entry 2 .* is page 7, outside 1\.\.6\n.*sequence 0, KV group 1"),
+        ({"block_tables": table_with(1, 0, 1, -1)}, r"is page -1, outside 1\.\.6"),
+        ({"block_tables": table_with(0, 1, 2, 3)}, r"page 3 will be written.*\[0, 1\]\n.*sequence 0, KV group 0"),
+        ({"block_tables": table_with(0, 1, 0, 3)}, r"page 3 will be written.*\[0, 1\]\n.*sequence 0, KV group 0"),
+        ({"block_tables": table_with(0, 1, 0, 6)}, r"page 6 will be written.*\[1\]\n.*sequence 1, KV group 0"),
+        ({"state_slots": [1, 3]}, r"state slot 3 is outside 1\.\.2\n.*sequence 1"),
+        ({"state_slots": [0, 1]}, r"state slot 0 is outside 1\.\.2\n.*sequence 0"),
+        ({"state_slots": [2, 2]}, r"state slot 2 is shared"),
+        ({"pad_tokens": 100}, r"100 tokens and 2 rows of 9 need 118 int32, the arena has 50"),
+    ],
+)
+def test_an_invalid_batch_is_refused_and_nothing_is_written(change: dict, message: str) -> None:
+    arena = Arena(torch.full((50,), 99, dtype=torch.int32))
+    with pytest.raises(LayoutError, match=message):
+        nest_sequences(**(decode_batch() | change), spec=SPEC, arena=arena)
+    assert arena.buffer.eq(99).all()
+
+
+def test_a_page_that_nobody_writes_may_be_shared() -> None:
+    nested = nest_sequences(**(decode_batch() | {"block_tables": table_with(0, 1, 0, 1)}), spec=SPEC)
+    assert nested.layout[:, 3].tolist() == [1, 1]
+
+
+def test_an_arena_must_be_int32() -> None:
+    with pytest.raises(LayoutError, match=r"dtype torch\.int64"):
+        Arena(torch.zeros(100, dtype=torch.int64))
+
+
+def test_to_copies_once_and_outlives_the_arena() -> None:
+    arena = Arena.allocate(2, 2, SPEC.num_columns(3))
+    nested = nest_sequences(**decode_batch(), spec=SPEC, arena=arena)
+    moved = nested.to(torch.device("cpu"))
+    expected = nested.layout.clone()
+    arena.buffer.zero_()
+    assert torch.equal(moved.layout, expected)
+    assert moved.input_ids.tolist() == [5, 6]
