@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -33,7 +34,7 @@ def resolve_model(name: str, progress: Callable[[str], None] = print_progress) -
     """
     if name == DEMO:
         return demo_model(options.from_environment().cache_dir, progress)
-    path = Path(name).expanduser()
+    path = Path(os.path.expanduser(name))  # unlike Path.expanduser, leaves an unknown ~user as it is
     if path.is_dir():
         return _checked(path)
     if path.is_absolute() or name.startswith((".", "~")) or path.exists():

@@ -21,4 +21,4 @@ class Options:
 def from_environment() -> Options:
     """Options as set by AUTODEPLOY_CACHE (default ~/.cache/autodeploy) and NO_COLOR (https://no-color.org)."""
     cache = os.environ.get("AUTODEPLOY_CACHE") or "~/.cache/autodeploy"
-    return Options(cache_dir=Path(cache).expanduser().absolute(), color=not os.environ.get("NO_COLOR"))
+    return Options(cache_dir=Path(os.path.expanduser(cache)).absolute(), color=not os.environ.get("NO_COLOR"))
