@@ -8,11 +8,11 @@ After:  `gm(input_ids [B, S] int64, position_ids [B, S] int64) -> logits [B, S, 
 from __future__ import annotations
 
 import inspect
-from typing import Any
 
 import torch
 from torch import fx, nn
 from torch.export import Dim, ExportedProgram
+from torch.fx.graph import CodeGen
 from torch.utils import _pytree as pytree
 from torch.utils._sympy.numbers import int_oo
 from transformers import PreTrainedModel
@@ -25,6 +25,7 @@ from autodeploy.trace.patches import traceable
 _EXAMPLE_SHAPE = (2, 12)
 _NEAR_MISSES = ("scaled_dot_product_attention", "softmax", "bmm", "matmul", "conv1d", "baddbmm")
 _NUM_NEAR_MISSES = 8
+_LOAD_WITH = "load it with transformers.AutoModelForCausalLM.from_pretrained"
 
 
 def trace(model: PreTrainedModel) -> fx.GraphModule:
@@ -34,29 +35,24 @@ def trace(model: PreTrainedModel) -> fx.GraphModule:
     every B and S allowed; the only output is the logits [B, S, V]. A batch row is one sequence without padding.
     Raises TraceError, NoAttentionFound, or UnsupportedFeature with the layer's module path.
     """
-    if not isinstance(model, PreTrainedModel) or model.get_output_embeddings() is None:
-        raise TraceError(
-            f"{type(model).__name__} is not a transformers causal language model",
-            fix="load it with transformers.AutoModelForCausalLM.from_pretrained",
-        )
+    if not isinstance(model, PreTrainedModel):
+        raise TraceError(f"{type(model).__name__} is not a transformers model", fix=_LOAD_WITH)
     program = _export(model)
     _check_dynamic(program, model)
-    gm = _plain(program)
+    gm = _plain(program, model)
     _check_attention(gm, model)
     return gm
 
 
 def _export(model: PreTrainedModel) -> ExportedProgram:
-    inputs: dict[str, Any] = {"input_ids": torch.zeros(_EXAMPLE_SHAPE, dtype=torch.int64, device=model.device)}
+    inputs = {"input_ids": torch.zeros(_EXAMPLE_SHAPE, dtype=torch.int64, device=model.device)}
     if "position_ids" in inspect.signature(model.forward).parameters:
         positions = torch.arange(_EXAMPLE_SHAPE[1], device=model.device)
         inputs["position_ids"] = positions.expand(_EXAMPLE_SHAPE).contiguous()
-    shapes: dict[str, Any] = {name: {0: Dim.DYNAMIC, 1: Dim.DYNAMIC} for name in inputs}
+    shapes = {name: {0: Dim.DYNAMIC, 1: Dim.DYNAMIC} for name in inputs}
     with traceable(model), torch.no_grad():
         try:
-            return torch.export.export(
-                model, (), {**inputs, "use_cache": False}, dynamic_shapes={**shapes, "use_cache": None}, strict=False
-            )
+            return torch.export.export(model, (), inputs, dynamic_shapes=shapes, strict=False)
         except AutodeployError:
             raise
         except Exception as error:
@@ -77,27 +73,32 @@ def _check_dynamic(program: ExportedProgram, model: nn.Module) -> None:
             )
 
 
-def _plain(program: ExportedProgram) -> fx.GraphModule:
-    """One output and ordinary code: no pytrees, no guards, no inputs that are constants."""
+def _plain(program: ExportedProgram, model: nn.Module) -> fx.GraphModule:
+    """One output and ordinary code: no pytrees, no guards."""
     exported = program.module(check_guards=False)
     assert isinstance(exported, fx.GraphModule)
     graph = exported.graph
     output = graph.output_node()
-    leaves = output.args[0]
-    assert isinstance(leaves, (tuple, list))
-    result = pytree.tree_unflatten(list(leaves), program.call_spec.out_spec)
-    output.args = (result.logits if hasattr(result, "logits") else result[0],)
-    for node in graph.find_nodes(op="placeholder"):
-        if node.target not in ("input_ids", "position_ids"):
-            graph.erase_node(node)
-    graph.set_codegen(fx.graph.CodeGen())
+    output.args = (_logits(output, program, model),)
+    graph.set_codegen(CodeGen())
     graph.eliminate_dead_code()
     return fx.GraphModule(exported, graph)
 
 
+def _logits(output: fx.Node, program: ExportedProgram, model: nn.Module) -> fx.Node:
+    leaves, spec = output.args[0], program.call_spec.out_spec
+    assert isinstance(leaves, (tuple, list))
+    assert spec is not None
+    logits = getattr(pytree.tree_unflatten(list(leaves), spec), "logits", None)
+    if not isinstance(logits, fx.Node) or logits.meta["val"].ndim != 3:
+        raise TraceError(f"{type(model).__name__} does not return logits for every token", fix=_LOAD_WITH)
+    return logits
+
+
 def _check_attention(gm: fx.GraphModule, model: nn.Module) -> None:
     nodes = [node for node in gm.graph.nodes if node.op == "call_function"]
-    if not any(kind_of(node.target) for node in nodes):
+    sites = [kind.describe(node) for node in nodes if (kind := kind_of(node.target))]
+    if not sites:
         near = [f"{node.target} at {node_location(node)}" for node in nodes if _is_near_miss(node)]
         raise NoAttentionFound(
             f"no attention or convolution of {type(model).__name__} goes through transformers' interfaces",

@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.fx.experimental.symbolic_shapes import statically_known_true
+from torch.fx.experimental.symbolic_shapes import statically_known_true, sym_eq
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
@@ -97,9 +97,17 @@ def _attention(
 def _mask_of(attention_mask: Tensor | None, where: str) -> Mask:
     if attention_mask is None:
         raise UnsupportedFeature("attention without a mask, which eager attention runs over all tokens", where=where)
-    mask = getattr(attention_mask, _MASK_ATTRIBUTE, None)
+    mask = getattr(_whole(attention_mask), _MASK_ATTRIBUTE, None)
     if mask is None:
         raise UnsupportedFeature("attention with a mask that the model computed itself", where=where)
     if mask.refused:
         raise UnsupportedFeature(f"attention with {mask.refused}", where=where)
     return mask
+
+
+def _whole(tensor: Tensor) -> Tensor:
+    """The tensor that `tensor` is an identical view of (some layers slice a mask to the length it has), or itself."""
+    base = tensor._base
+    if base is None or not statically_known_true(sym_eq(base.shape, tensor.shape)):
+        return tensor
+    return base if statically_known_true(sym_eq(base.stride(), tensor.stride())) else tensor

@@ -8,10 +8,12 @@ checked against the closed form that the canonical op can carry.
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+from torch._guards import detect_fake_mode
 from torch._subclasses.fake_tensor import unset_fake_temporarily
 from torch.fx.experimental.proxy_tensor import disable_proxy_modes_tracing
 
@@ -38,18 +40,23 @@ def mask_marker(batch: int, num_queries: int, num_keys: int, dtype: torch.dtype,
 
 
 @mask_marker.register_fake
-def _(batch, num_queries, num_keys, dtype, device):  # noqa: ANN001, ANN202
+def _(batch, num_queries, num_keys, dtype, device):
     return torch.empty(batch, 1, num_queries, num_keys, dtype=dtype, device=device)
 
 
 def read_mask(mask_function: MaskFunction, num_positions: int) -> Mask:
     """Causality and window of `mask_function` over positions 0 .. num_positions - 1; usable inside an export."""
     name = _describe(mask_function)
-    with unset_fake_temporarily(), disable_proxy_modes_tracing(), torch._C.DisableTorchFunction():
+    fake_mode = detect_fake_mode()
+    # Asking a function that reads the batch creates symbols for the answers; nothing will ever use them.
+    symbols = (
+        fake_mode.shape_env.ignore_fresh_unbacked_symbols() if fake_mode and fake_mode.shape_env else nullcontext()
+    )
+    with symbols, unset_fake_temporarily(), disable_proxy_modes_tracing(), torch._C.DisableTorchFunction():
         try:
             return _probe(mask_function, num_positions, name)
         except Exception as error:  # the function is foreign code that may read tensors of the batch
-            return Mask(refused=f"mask {name} depends on more than positions ({type(error).__name__}: {error})")
+            return Mask(refused=f"mask {name} depends on more than positions ({type(error).__name__})")
 
 
 def _probe(mask_function: MaskFunction, num_positions: int, name: str) -> Mask:
@@ -60,7 +67,8 @@ def _probe(mask_function: MaskFunction, num_positions: int, name: str) -> Mask:
     num_seen = int(behind.sum())
     mask = Mask(causal=not bool(ahead[1:].any()), window=None if num_seen == num_positions else num_seen)
     queries, keys = _pairs(num_positions, num_seen)
-    if not torch.equal(_ask(mask_function, queries, keys), _closed_form(mask, queries - keys)):
+    answers = torch.cat([behind, ahead, _ask(mask_function, queries, keys)])
+    if not torch.equal(answers, _closed_form(mask, torch.cat([distance, -distance, queries - keys]))):
         return Mask(refused=f"mask {name} is neither causal, full nor a sliding window")
     return mask
 
@@ -86,9 +94,9 @@ def _pairs(num_positions: int, num_seen: int) -> tuple[Tensor, Tensor]:
     return torch.cat([queries, queries]), torch.cat([keys, near])
 
 
-def _describe(mask_function: MaskFunction) -> str:
+def _describe(mask_function: Callable[..., object]) -> str:
     """Names of the function and of those it closes over: "and_masks(sliding_window_overlay, causal_mask_function)"."""
-    name = mask_function.__qualname__.split(".")[0]
-    cells = [cell.cell_contents for cell in mask_function.__closure__ or ()]
+    name = getattr(mask_function, "__qualname__", type(mask_function).__name__).split(".")[0]
+    cells = [cell.cell_contents for cell in getattr(mask_function, "__closure__", None) or ()]
     inner = [part for cell in cells for part in (cell if isinstance(cell, tuple) else (cell,)) if callable(part)]
     return f"{name}({', '.join(_describe(part) for part in inner)})" if inner else name

@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
+from itertools import product
 from types import ModuleType
 from typing import Any
 
@@ -12,12 +13,15 @@ from torch import Tensor, nn
 from transformers import PreTrainedConfig, PreTrainedModel, masking_utils
 
 from autodeploy.errors import UnsupportedFeature
-from autodeploy.ops.causal_conv1d import ACTIVATIONS, causal_conv1d
+from autodeploy.ops.causal_conv1d import causal_conv1d
 from autodeploy.trace.interface import IMPLEMENTATION, registered
 
-# Opaque to nothing and dynamic in tokens; "eager" loops over the experts that were hit, "batched_mm" gathers one
-# copy of the expert's weights per token.
-_EXPERTS = "grouped_mm"
+_SETTINGS: dict[str, object] = {
+    "_attn_implementation_internal": IMPLEMENTATION,
+    # "eager" loops over the experts that were hit, which is data; "batched_mm" gathers a copy of the weights per token.
+    "_experts_implementation_internal": "grouped_mm",
+    "use_cache": False,
+}
 
 
 @contextmanager
@@ -26,11 +30,9 @@ def traceable(model: PreTrainedModel) -> Iterator[None]:
     with ExitStack() as stack:
         stack.enter_context(_evaluating(model))
         stack.enter_context(registered(model))
-        for config in _configs(model):
-            stack.enter_context(_swapped(config, "_attn_implementation_internal", IMPLEMENTATION))
-        if model._can_set_experts_implementation():
-            for config in _configs(model):
-                stack.enter_context(_swapped(config, "_experts_implementation_internal", _EXPERTS))
+        for config, name in product(_configs(model), _SETTINGS):
+            if hasattr(config, name):
+                stack.enter_context(_swapped(config, name, _SETTINGS[name]))
         # Guesses from jumps in position_ids where one sequence ends; here a batch row is one sequence.
         stack.enter_context(_swapped(masking_utils, "find_packed_sequence_indices", lambda position_ids: None))
         for module in _modeling_modules(model):
@@ -47,10 +49,8 @@ def _causal_conv1d_fn(
     seq_idx: Tensor | None = None,
     **_: Any,
 ) -> Tensor:
-    if activation not in ACTIVATIONS:
-        raise UnsupportedFeature(f"causal_conv1d with activation {activation!r}")
     if seq_idx is not None:
-        raise UnsupportedFeature("causal_conv1d over packed sequences (seq_idx)")
+        raise UnsupportedFeature("packed sequences (seq_idx)", where="causal_conv1d_fn")
     return causal_conv1d(hidden_states, weight, bias, activation=activation)
 
 
@@ -81,15 +81,14 @@ def _evaluating(model: nn.Module) -> Iterator[None]:
 
 def _configs(model: nn.Module) -> list[PreTrainedConfig]:
     """Every config that a module of `model` or one of those configs holds, once each."""
-    todo = [config for module in model.modules() if isinstance(config := getattr(module, "config", None), PreTrainedConfig)]
+    todo = [getattr(module, "config", None) for module in model.modules()]
     found: dict[int, PreTrainedConfig] = {}
     while todo:
         config = todo.pop()
-        if id(config) in found:
+        if not isinstance(config, PreTrainedConfig) or id(config) in found:
             continue
         found[id(config)] = config
-        subs = (getattr(config, name, None) for name in config.sub_configs)
-        todo += [sub for sub in subs if isinstance(sub, PreTrainedConfig)]
+        todo += [getattr(config, name, None) for name in config.sub_configs]
     return list(found.values())
 
 
