@@ -1,0 +1,38 @@
+"""The passes, and the one list that says in which order they run."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from autodeploy.pipeline import Pass
+from passes.canonicalize import Canonicalize
+from passes.find_attention import FindAttention
+from passes.gather_logits import GatherLogits
+from passes.insert_cached_attention import InsertCachedAttention
+from passes.lower_fields import LowerFields
+from passes.nest_inputs import NestInputs
+from passes.share_metadata import ShareMetadata
+
+__all__ = [
+    "Canonicalize",
+    "FindAttention",
+    "GatherLogits",
+    "InsertCachedAttention",
+    "LowerFields",
+    "NestInputs",
+    "ShareMetadata",
+    "default",
+]
+
+
+def default(backend: str | Mapping[str, str] = "auto", page_size: int = 16) -> list[Pass]:
+    """The pipeline, read top to bottom."""
+    return [
+        Canonicalize(),
+        FindAttention(),
+        NestInputs(),
+        GatherLogits(),
+        InsertCachedAttention(backend, page_size),
+        ShareMetadata(),
+        LowerFields(),
+    ]

@@ -14,11 +14,14 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache
 from importlib.metadata import entry_points
+from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, fx
+from torch.fx.proxy import GraphAppendingTracer, Proxy
 
 from autodeploy.errors import OptionError, UnknownName
+from autodeploy.graph import is_scalar
 from autodeploy.metadata.layout import CONTEXT_LEN, NUM_FIXED_COLUMNS, QUERY_LEN, STATE_SLOT
 
 NAMESPACE = "autodeploy_field"
@@ -84,6 +87,24 @@ def get(name: str) -> Field:
     if name not in _catalogue:
         raise UnknownName("field", name, _catalogue)
     return _catalogue[name]
+
+
+def of_op(op: object) -> Field:
+    """The field that an FX node's target computes."""
+    return next(entry for entry in _catalogue.values() if entry.op is op)
+
+
+@cache
+def num_ops(target: Any) -> int:
+    """How many torch ops a node with this target comes to: 1, or those of its formula where it is a field."""
+    if not is_field(target):
+        return 1
+    formula = of_op(target).formula
+    graph = fx.Graph()
+    tracer = GraphAppendingTracer(graph)
+    formula(*(Proxy(graph.placeholder(name), tracer) for name in inspect.signature(formula).parameters))
+    ops = [node for node in graph.nodes if node.op in ("call_function", "call_method") and not is_scalar(node)]
+    return sum(num_ops(node.target) for node in ops)
 
 
 def is_field(target: object) -> bool:

@@ -32,7 +32,8 @@ class CacheSpec:
 
 @dataclass(frozen=True)
 class Site:
-    """One attention-like node, reduced to static facts. `group` and `page_size` are filled when caches are planned.
+    """One attention-like node, reduced to static facts. `group`, `num_groups` and `page_size` are
+    filled when caches are planned.
 
     For kind "attention" `params` holds num_heads, num_kv_heads, head_dim, value_dim, scale, causal, softcap,
     has_sinks, has_bias. For "causal_conv1d": channels, kernel_size, has_bias, activation.
@@ -45,6 +46,7 @@ class Site:
     device: torch.device
     window: int | None = None
     group: int = 0
+    num_groups: int = 0
     page_size: int = 0
     params: dict[str, Any] = field(default_factory=dict)
 

@@ -1,0 +1,78 @@
+"""The composition root: `apply` joins the passes, the checks and the report."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+from torch import fx
+
+from autodeploy import pipeline
+from autodeploy.errors import OptionError, UnknownName
+from autodeploy.graph import copy_module
+from autodeploy.metadata.layout import LayoutSpec
+from autodeploy.ops.registry import check_backend_choice
+from autodeploy.ops.spec import CacheSpec
+from autodeploy.pipeline import Pass
+from autodeploy.report import Report
+from autodeploy.trace import TRACE_SECONDS
+from autodeploy.verify import Verifier
+
+
+@dataclass(frozen=True)
+class Result:
+    """What `apply` made: the new graph, and what was done to get there.
+
+    `layout_spec` and `cache_specs` say what the graph takes beside the tokens; None and empty before caching.
+    """
+
+    module: fx.GraphModule
+    report: Report
+    layout_spec: LayoutSpec | None
+    cache_specs: tuple[CacheSpec, ...]
+
+
+def apply(
+    gm: fx.GraphModule,
+    backend: str | Mapping[str, str] = "auto",
+    *,
+    passes: Sequence[Pass | str] | None = None,
+    page_size: int = 16,
+    verify: bool = False,
+) -> Result:
+    """Run the passes on a copy of `gm`, which stays as it is; weights are shared.
+
+    `backend` is "auto", a backend's name, or a mapping from layer type or kind to a name. `passes` replaces the
+    default list; a name stands for the default pass of that name. With `verify`, the graph is run before and after
+    each pass on random ragged batches, and the first pass that changes a bit it may not change is an error.
+    Raises UnknownName, OptionError, NoAttentionFound, UnsupportedFeature or PassError.
+    """
+    check_backend_choice(backend)
+    steps = resolve_passes(passes, backend, page_size)
+    copy = copy_module(gm)
+    records = pipeline.run(copy, steps, [Verifier()] if verify else [])
+    report = Report.of(records, copy, gm.meta.get(TRACE_SECONDS, 0.0))
+    specs = tuple(copy.meta.get("autodeploy_cache_specs", ()))
+    return Result(copy, report, copy.meta.get("autodeploy_layout_spec"), specs)
+
+
+def resolve_passes(
+    passes: Sequence[Pass | str] | None, backend: str | Mapping[str, str] = "auto", page_size: int = 16
+) -> list[Pass]:
+    """The list to run: the default one, or `passes` with names looked up in it."""
+    from passes import default  # the composition root is the one place where the library sees its passes
+
+    known = {step.name: step for step in default(backend, page_size)}
+    if passes is None:
+        return list(known.values())
+    steps: list[Pass] = []
+    for step in passes:
+        if isinstance(step, str):
+            if step not in known:
+                raise UnknownName("pass", step, known)
+            steps.append(known[step])
+        elif isinstance(step, Pass):
+            steps.append(step)
+        else:
+            raise OptionError(f"{step!r} is neither a pass nor the name of one")
+    return steps

@@ -1,0 +1,162 @@
+"""From a finished graph to a callable step: weights become inputs, Inductor compiles once for all sizes.
+
+The compiled step is dynamic in T (tokens), R (rows of the layout) and C (its columns, which hold the pages per
+sequence), so that no batch recompiles it. Compiled code is saved with `Lowered.save` and comes back in a later
+process without tracing, passes or Inductor.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+from torch._guards import TracingContext, tracing
+from torch._inductor import CompiledArtifact, standalone_compile
+from torch._subclasses import FakeTensorMode
+from torch.fx.experimental.symbolic_shapes import DimDynamic, ShapeEnv, StatelessSymbolicContext
+
+from autodeploy.graph import PREPARE, ROLE, copy_module, get_attribute, placeholders, prepare_nodes
+from autodeploy.metadata.layout import LayoutSpec
+from autodeploy.ops.spec import CacheSpec
+from autodeploy.report import Report
+
+# Sizes that Inductor tunes for; distinct, so that no two symbols are taken for one another.
+_HINT_TOKENS, _HINT_ROWS, _HINT_PAGES, _HINT_POOL = 34, 33, 36, 61
+
+
+@dataclass(frozen=True)
+class Lowered:
+    """A compiled step and what it needs: `run(attributes, input_ids, layout, *caches) -> logits [R, V]`.
+
+    `attributes` names the model's tensors in the order in which the code takes them; `constants` holds those that
+    are the graph's own and not the model's.
+    """
+
+    artifact: CompiledArtifact
+    attributes: tuple[str, ...]
+    constants: dict[str, Tensor]
+    layout_spec: LayoutSpec
+    cache_specs: tuple[CacheSpec, ...]
+    report: Report
+
+    def bind(self, model: nn.Module) -> Callable[..., Tensor]:
+        """The step over `model`'s weights. Raises AttributeError where it lacks one."""
+        weights = [self.constants[name] if name in self.constants else get_attribute(model, name) for name in self.attributes]
+        weights = [weight.detach() for weight in weights]
+        artifact = self.artifact
+
+        def step(input_ids: Tensor, layout: Tensor, *caches: Tensor) -> Tensor:
+            return artifact(*weights, input_ids, layout, *caches)[0]
+
+        return step
+
+    def save(self, folder: Path) -> None:
+        """Write everything to `folder`, which must exist."""
+        self.artifact.save(path=str(folder / "step.bin"), format="binary")
+        torch.save(self.constants, folder / "constants.pt")
+        meta = {
+            "attributes": self.attributes,
+            "layout_spec": asdict(self.layout_spec),
+            "cache_specs": [{**asdict(spec), "dtype": str(spec.dtype).removeprefix("torch.")} for spec in self.cache_specs],
+            "report": self.report.to_json(),
+        }
+        (folder / "step.json").write_text(json.dumps(meta, indent=1))
+
+    @staticmethod
+    def load(folder: Path) -> Lowered:
+        """What `save` wrote; any error means that it does not fit this version and has to be made again."""
+        meta = json.loads((folder / "step.json").read_text())
+        spec = meta["layout_spec"]
+        return Lowered(
+            artifact=CompiledArtifact.load(path=str(folder / "step.bin"), format="binary"),
+            attributes=tuple(meta["attributes"]),
+            constants=torch.load(folder / "constants.pt", weights_only=True),
+            layout_spec=LayoutSpec(**{**spec, "windows": tuple(spec["windows"])}),
+            cache_specs=tuple(_cache_spec(data) for data in meta["cache_specs"]),
+            report=Report.from_json(meta["report"]),
+        )
+
+
+def _cache_spec(data: dict[str, Any]) -> CacheSpec:
+    return CacheSpec(**{**data, "shape": tuple(data["shape"]), "dtype": getattr(torch, data["dtype"])})
+
+
+def lower(
+    gm: fx.GraphModule, model: nn.Module, layout_spec: LayoutSpec, cache_specs: Sequence[CacheSpec], report: Report
+) -> Lowered:
+    """Compile `gm`, made by the passes from a trace of `model`, with Inductor. Leaves `gm` as it is."""
+    lifted, attributes = lift_attributes(copy_module(gm))
+    device = next(iter(attributes.values())).device
+    example_inputs = _example_inputs(layout_spec, cache_specs, device)
+    fake_mode = FakeTensorMode(shape_env=ShapeEnv(duck_shape=False))
+    with tracing(TracingContext(fake_mode)), torch.no_grad():
+        fakes = [fake_mode.from_tensor(tensor.detach(), static_shapes=True) for tensor in attributes.values()]
+        fakes += [_fake(fake_mode, tensor, dims) for tensor, dims in example_inputs]
+        artifact = standalone_compile(lifted, fakes, dynamic_shapes="from_tracing_context", options={})
+    own = dict(model.named_parameters(remove_duplicate=False)) | dict(model.named_buffers(remove_duplicate=False))
+    constants = {name: tensor.detach() for name, tensor in attributes.items() if own.get(name) is not tensor}
+    return Lowered(artifact, tuple(attributes), constants, layout_spec, tuple(cache_specs), report)
+
+
+def lift_attributes(gm: fx.GraphModule) -> tuple[fx.GraphModule, dict[str, Tensor]]:
+    """Turn every tensor attribute of `gm`, and of its prepare_metadata, into an input in front of the others.
+
+    Changes `gm` and returns it with the attributes by name, in input order; its output becomes a tuple.
+    """
+    attributes: dict[str, Tensor] = {}
+    for call in prepare_nodes(gm):
+        _lift_prepare(gm, call)
+    first = placeholders(gm)[0]
+    inputs: dict[str, fx.Node] = {}
+    for node in gm.graph.find_nodes(op="get_attr"):
+        name = str(node.target)
+        if name not in inputs:
+            attributes[name] = get_attribute(gm, name)
+            with gm.graph.inserting_before(first):
+                inputs[name] = gm.graph.placeholder("attr_" + name.replace(".", "_"))
+        node.replace_all_uses_with(inputs[name])
+        gm.graph.erase_node(node)
+    output = gm.graph.output_node()
+    output.args = ((output.args[0],),)
+    gm.recompile()
+    return gm, attributes
+
+
+def _lift_prepare(gm: fx.GraphModule, call: fx.Node) -> None:
+    inner = getattr(gm, PREPARE)
+    for node in inner.graph.find_nodes(op="get_attr"):
+        name = f"{PREPARE}.{node.target}"
+        with gm.graph.inserting_before(call):
+            outer = gm.graph.get_attr(name)
+        last = inner.graph.find_nodes(op="placeholder")[-1]
+        with inner.graph.inserting_after(last):
+            lifted = inner.graph.placeholder("attr_" + str(node.target).replace(".", "_"))
+        call.args = (*call.args, outer)
+        node.replace_all_uses_with(lifted)
+        inner.graph.erase_node(node)
+    inner.recompile()
+
+
+def _example_inputs(
+    layout_spec: LayoutSpec, cache_specs: Sequence[CacheSpec], device: torch.device
+) -> list[tuple[Tensor, tuple[int, ...]]]:
+    """input_ids, layout and caches at the sizes Inductor tunes for, each with its dynamic dims."""
+    layout = torch.empty(_HINT_ROWS, layout_spec.num_columns(_HINT_PAGES), dtype=torch.int32, device=device)
+    inputs: list[tuple[Tensor, tuple[int, ...]]] = [
+        (torch.empty(_HINT_TOKENS, dtype=torch.int32, device=device), (0,)),
+        (layout, (0, 1)),
+    ]
+    for spec in cache_specs:
+        outer = (_HINT_POOL, layout_spec.page_size) if spec.kind == "paged" else (_HINT_POOL,)
+        inputs.append((torch.empty(*outer, *spec.shape, dtype=spec.dtype, device=device), (0,)))
+    return inputs
+
+
+def _fake(mode: FakeTensorMode, tensor: Tensor, dynamic_dims: tuple[int, ...]) -> Tensor:
+    sizes = [DimDynamic.DYNAMIC if dim in dynamic_dims else DimDynamic.STATIC for dim in range(tensor.dim())]
+    return mode.from_tensor(tensor, symbolic_context=StatelessSymbolicContext(dynamic_sizes=sizes))

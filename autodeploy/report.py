@@ -1,0 +1,118 @@
+"""What the passes did to one graph, as data and as a table."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+from torch import fx
+
+from autodeploy.graph import SITE, prepare_nodes
+from autodeploy.pipeline import NearMiss, PassRecord
+
+
+@dataclass(frozen=True)
+class Ledger:
+    """The price of metadata: layout-only tensor nodes as a naive per-layer graph has them, and as they are now.
+
+    A node is one field or one torch op. `attention_nodes` counts every cached attention-like node.
+    """
+
+    attention_nodes: int
+    nodes_naive: int
+    nodes_shared: int
+    ops_naive: int
+    ops_shared: int
+    prepare_calls: int
+
+
+@dataclass(frozen=True)
+class Report:
+    """The records of one run of the pipeline. `trace_seconds` is 0 where the graph came from elsewhere."""
+
+    passes: tuple[PassRecord, ...]
+    ledger: Ledger
+    trace_seconds: float = 0.0
+    notes: tuple[str, ...] = field(default=())
+
+    @staticmethod
+    def of(records: Sequence[PassRecord], gm: fx.GraphModule, trace_seconds: float) -> Report:
+        """The report of a run that ended in `gm`."""
+        return Report(tuple(records), _ledger(records, gm), trace_seconds)
+
+    @property
+    def seconds(self) -> float:
+        """Time of all passes together."""
+        return sum(record.seconds for record in self.passes)
+
+    def __str__(self) -> str:
+        return "\n".join([*_pass_table(self), "", *_ledger_lines(self.ledger), *self.notes])
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain data; `from_json` reads it back."""
+        return asdict(self)
+
+    @staticmethod
+    def from_json(data: dict[str, Any]) -> Report:
+        """The report that `to_json` wrote."""
+        records = tuple(
+            PassRecord(**{**record, "near_misses": tuple(NearMiss(**miss) for miss in record["near_misses"])})
+            for record in data["passes"]
+        )
+        return Report(records, Ledger(**data["ledger"]), data["trace_seconds"], tuple(data["notes"]))
+
+
+def _ledger(records: Sequence[PassRecord], gm: fx.GraphModule) -> Ledger:
+    """Metadata is at its naive worst right before it is shared, and at its fewest nodes right after."""
+    counts = [(record.metadata_nodes, record.metadata_ops) for record in records] or [(0, 0)]
+    worst = counts.index(max(counts[:_first_shared(records)]))
+    nodes_shared = min(nodes for nodes, _ in counts[worst:])
+    return Ledger(
+        attention_nodes=len({node.meta[SITE].path for node in gm.graph.nodes if SITE in node.meta}),
+        nodes_naive=counts[worst][0],
+        nodes_shared=nodes_shared,
+        ops_naive=counts[worst][1],
+        ops_shared=counts[-1][1],
+        prepare_calls=len(prepare_nodes(gm)),
+    )
+
+
+def _first_shared(records: Sequence[PassRecord]) -> int:
+    """How many passes ran before the graph had a prepare_metadata node (all of them where it never got one)."""
+    shared = (index for index, record in enumerate(records) if record.prepare_calls)
+    return max(1, next(shared, len(records)))
+
+
+def _pass_table(report: Report) -> list[str]:
+    rows: list[Sequence[str]] = [("pass", "matches", "nodes", "metadata nodes", "ms")]
+    if report.trace_seconds:
+        rows.append(("(trace)", "", "", "", f"{report.trace_seconds * 1e3:.0f}"))
+    for record in report.passes:
+        nodes = f"{record.nodes_before} -> {record.nodes_after}"
+        rows.append((record.name, str(record.matches), nodes, str(record.metadata_nodes), f"{record.seconds * 1e3:.1f}"))
+    share = f" ({report.seconds / report.trace_seconds:.1%} of tracing)" if report.trace_seconds else ""
+    rows.append(("all passes", "", "", "", f"{report.seconds * 1e3:.1f}{share}"))
+    lines = align(rows)
+    for record in report.passes:
+        lines += [f"  near miss in {record.name}: {miss.reason} ({miss.where})" for miss in record.near_misses]
+    return lines
+
+
+def _ledger_lines(ledger: Ledger) -> list[str]:
+    rows = [
+        ("metadata", "naive, per layer", "shared"),
+        ("field and op nodes", str(ledger.nodes_naive), str(ledger.nodes_shared)),
+        ("torch ops, fields written out", str(ledger.ops_naive), str(ledger.ops_shared)),
+        ("prepare_metadata nodes", "-", str(ledger.prepare_calls)),
+    ]
+    return [f"{ledger.attention_nodes} cached attention nodes", *align(rows)]
+
+
+def align(rows: Sequence[Sequence[str]]) -> list[str]:
+    """Rows of cells as lines: the first column left, the others right."""
+    widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
+    return [
+        "  ".join(cell.ljust(width) if column == 0 else cell.rjust(width) for column, (cell, width) in enumerate(zip(row, widths, strict=True))).rstrip()
+        for row in rows
+    ]

@@ -1,0 +1,74 @@
+"""The invariants of a graph between passes, as checks: each returns None or raises InvariantError."""
+
+from __future__ import annotations
+
+from torch import fx
+
+from autodeploy.errors import InvariantError, node_location
+from autodeploy.graph import (
+    PREPARE,
+    SITE,
+    layout_only,
+    metadata_nodes,
+    is_scalar,
+    prepare_nodes,
+)
+
+
+def check(gm: fx.GraphModule) -> None:
+    """Every invariant that holds for the stage `gm` is in; those of a later stage are vacuous.
+
+    Raises InvariantError naming the node.
+    """
+    check_valid(gm)
+    prepares = prepare_nodes(gm)
+    if not prepares:
+        return
+    check_one_prepare(prepares)
+    check_prepare_is_first(prepares[0])
+    check_nothing_left_outside(gm)
+    check_reads_come_from_prepare(gm, prepares[0])
+
+
+def check_valid(gm: fx.GraphModule) -> None:
+    """A well-formed FX graph."""
+    try:
+        gm.graph.lint()
+    except RuntimeError as error:
+        raise InvariantError(f"the graph is not valid: {error}") from error
+
+
+def check_one_prepare(prepares: list[fx.Node]) -> None:
+    """Exactly one prepare_metadata node."""
+    if len(prepares) != 1:
+        raise InvariantError(f"{len(prepares)} {PREPARE} nodes instead of one", where=node_location(prepares[1]))
+
+
+def check_prepare_is_first(prepare: fx.Node) -> None:
+    """It comes right after the inputs; nothing but sizes, which are free, stands between."""
+    node = prepare.prev
+    while node.op != "root":
+        if node.op not in ("placeholder", "get_attr") and not is_scalar(node):
+            raise InvariantError(f"{PREPARE} does not come right after the inputs", where=node_location(node))
+        node = node.prev
+
+
+def check_nothing_left_outside(gm: fx.GraphModule) -> None:
+    """No layout-only computation is left outside."""
+    left = metadata_nodes(gm)
+    if left:
+        raise InvariantError(
+            f"{len(left)} layout-only nodes outside {PREPARE}, such as {left[0].format_node()}",
+            where=node_location(left[0]),
+        )
+
+
+def check_reads_come_from_prepare(gm: fx.GraphModule, prepare: fx.Node) -> None:
+    """Every cached attention node reads metadata only from prepare_metadata or from graph inputs."""
+    known = layout_only(gm)
+    for node in gm.graph.nodes:
+        if SITE not in node.meta:
+            continue
+        for arg in node.all_input_nodes:
+            if arg in known and arg.op == "call_function" and not is_scalar(arg) and arg.all_input_nodes != [prepare]:
+                raise InvariantError(f"attention reads {arg.name}, which is not an output of {PREPARE}", where=node_location(node))

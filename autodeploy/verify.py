@@ -1,0 +1,138 @@
+"""`apply(verify=True)`: run the graph before and after each pass on random ragged batches and compare every bit.
+
+A graph is run at whatever stage it is in: padded inputs one sequence at a time, packed inputs all at once, and with
+caches in two steps, so that the second step reads what the first one wrote.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+import torch
+from torch import Tensor, fx
+
+from autodeploy.errors import PassError
+from autodeploy.graph import get_attribute, placeholder, placeholders
+from autodeploy.metadata.layout import LayoutSpec
+from autodeploy.metadata.nest import nest_sequences
+from autodeploy.ops.spec import CacheSpec
+from autodeploy.pipeline import Pass, PassRecord
+
+# Passes that run the same arithmetic on tensors of another shape, where matmul kernels may round differently.
+MAY_ROUND = frozenset({"nest_inputs", "gather_logits", "insert_cached_attention", "find_attention"})
+ROUNDING = 1e-4  # of the logits' scale
+_BATCHES = (((5, 3), (1, 1)), ((17, 1), (2, 4), (1, 1)), ((9, 9),))  # sequences of (first chunk, second chunk)
+_NUM_PAGES, _NUM_STATES = 256, 16
+
+
+@dataclass
+class Verifier:
+    """Observer that compares each pass's graph with the one before. Raises PassError naming the pass."""
+
+    seed: int = 0
+    _before: list[Tensor] = field(default_factory=list)
+
+    def before(self, step: Pass, gm: fx.GraphModule) -> None:
+        if not self._before:
+            self._before = self._run(gm)
+
+    def after(self, step: Pass, gm: fx.GraphModule, record: PassRecord) -> None:
+        if not record.matches:
+            return
+        now = self._run(gm)
+        for batch, (old, new) in enumerate(zip(self._before, now, strict=True)):
+            problem = difference(old, new, exact=step.name not in MAY_ROUND)
+            if problem:
+                raise PassError(
+                    f"pass {step.name!r} changed the logits of random batch {batch}: {problem}",
+                    where=repr(step),
+                    fix="run the passes before it alone and compare the graphs",
+                )
+        self._before = now
+
+    def _run(self, gm: fx.GraphModule) -> list[Tensor]:
+        generator = torch.Generator().manual_seed(self.seed)
+        with torch.no_grad():
+            return [run_batch(gm, batch, generator) for batch in _BATCHES]
+
+
+def difference(old: Tensor, new: Tensor, *, exact: bool) -> str | None:
+    """None where the logits [R, V] agree, else how far they are apart."""
+    if torch.equal(old, new):
+        return None
+    apart = (old - new).abs().max().item()
+    scale = old.abs().max().item()
+    if not exact and apart <= ROUNDING * scale:
+        return None
+    return f"off by {apart:.3g} where the largest is {scale:.3g}"
+
+
+def run_batch(gm: fx.GraphModule, batch: Sequence[tuple[int, int]], generator: torch.Generator) -> Tensor:
+    """Logits of the last token of each sequence [R, V], for sequences of random tokens in two chunks each."""
+    vocabulary = _vocabulary(gm)
+    tokens = [torch.randint(0, vocabulary, (sum(chunks),), generator=generator) for chunks in batch]
+    if placeholder(gm, "layout") is None:
+        return torch.cat([_run_padded(gm, sequence) for sequence in tokens])
+    if not placeholders(gm, "cache"):
+        spec = LayoutSpec(page_size=1, windows=())
+        return _last_rows(_run_packed(gm, [s.numpy() for s in tokens], [0] * len(tokens), spec, ()), tokens)
+    return _run_cached(gm, batch, tokens)
+
+
+def _vocabulary(gm: fx.GraphModule) -> int:
+    """Rows of the embedding that the token ids index."""
+    embedding = gm.graph.find_nodes(op="call_function", target=torch.ops.aten.embedding.default)
+    return min(get_attribute(gm, str(node.args[0].target)).shape[0] for node in embedding[:1])
+
+
+def _run_padded(gm: fx.GraphModule, sequence: Tensor) -> Tensor:
+    positions = torch.arange(sequence.numel())[None]
+    inputs = (sequence[None], positions)[: len(placeholders(gm))]
+    return gm(*inputs)[:, -1]
+
+
+def _run_packed(
+    gm: fx.GraphModule, tokens: list[np.ndarray], context_lens: list[int], spec: LayoutSpec, caches: Sequence[Tensor]
+) -> Tensor:
+    """One step over sequences whose pages follow each other; padded by one row and two tokens."""
+    rows = len(tokens)
+    pages = 1 + max(len(t) + c for t, c in zip(tokens, context_lens, strict=True)) // spec.page_size
+    table = 1 + np.arange(rows * pages, dtype=np.int32).reshape(rows, pages)
+    nested = nest_sequences(
+        np.concatenate(tokens),
+        [len(t) for t in tokens],
+        context_lens,
+        np.broadcast_to(table, (spec.num_groups, rows, pages)),
+        1 + np.arange(rows, dtype=np.int32),
+        spec,
+        num_pages=[_NUM_PAGES] * spec.num_groups,
+        num_state_slots=_NUM_STATES,
+        pad_sequences=rows + 1,
+        pad_tokens=sum(len(t) for t in tokens) + 2,
+    )
+    return gm(nested.input_ids, nested.layout, *caches)
+
+
+def _run_cached(gm: fx.GraphModule, batch: Sequence[tuple[int, int]], tokens: list[Tensor]) -> Tensor:
+    spec: LayoutSpec = gm.meta["autodeploy_layout_spec"]
+    caches = [_allocate(cache, spec.page_size) for cache in gm.meta["autodeploy_cache_specs"]]
+    first = [sequence[: chunks[0]].numpy() for sequence, chunks in zip(tokens, batch, strict=True)]
+    rest = [sequence[chunks[0] :].numpy() for sequence, chunks in zip(tokens, batch, strict=True)]
+    _run_packed(gm, first, [0] * len(batch), spec, caches)
+    logits = _run_packed(gm, rest, [chunks[0] for chunks in batch], spec, caches)
+    return _last_rows(logits, [torch.as_tensor(chunk) for chunk in rest])
+
+
+def _allocate(cache: CacheSpec, page_size: int) -> Tensor:
+    outer = (_NUM_PAGES, page_size) if cache.kind == "paged" else (_NUM_STATES,)
+    return torch.zeros(*outer, *cache.shape, dtype=cache.dtype)
+
+
+def _last_rows(logits: Tensor, tokens: Sequence[Tensor]) -> Tensor:
+    """The rows of each sequence's last token, from logits [1, T, V], or [R, V] once they are gathered."""
+    if logits.dim() == 2:
+        return logits[: len(tokens)]
+    ends = torch.tensor([len(sequence) for sequence in tokens]).cumsum(0) - 1
+    return logits[0, ends]

@@ -1,0 +1,108 @@
+"""Give every canonical attention node its cached backend, with its metadata in front of it as if it were alone.
+
+Before:                                     After, for each layer (naively: a copy of the metadata per layer):
+    y = autodeploy.attention(q, k, v,           slots = slot_mapping(layout, T, group=0, ...)
+        cu_seqlens=..., scale=0.125)            table = block_table(layout, group=0, ...)
+                                                y = sdpa_paged_attention(q, k, v, k_cache_0, v_cache_0, slots, ...)
+
+Caches become graph inputs after the layout. `share_metadata` merges the copies later.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import fx
+
+from autodeploy.errors import OptionError
+from autodeploy.graph import SITE, add_placeholder, near_miss, placeholder, record
+from autodeploy.metadata.layout import LayoutSpec
+from autodeploy.ops.registry import check_backend_choice, choose_backend, kind_of
+from autodeploy.ops.spec import Backend, CacheSpec, Site
+
+LAYOUT_SPEC, CACHE_SPECS = "autodeploy_layout_spec", "autodeploy_cache_specs"
+
+
+@dataclass(frozen=True)
+class InsertCachedAttention:
+    """`backend` is "auto", a backend's name, or a mapping from layer type or kind to one; `page_size` is in tokens.
+
+    Leaves the LayoutSpec and the list of CacheSpec (in input order) in the module's meta.
+    """
+
+    backend: str | Mapping[str, str] = "auto"
+    page_size: int = 16
+    name: str = "insert_cached_attention"
+
+    def apply(self, gm: fx.GraphModule) -> int:
+        if self.page_size < 1:
+            raise OptionError(f"page_size must be at least 1, not {self.page_size}")
+        check_backend_choice(self.backend)
+        layout = placeholder(gm, "layout")
+        nodes = [node for node in gm.graph.nodes if kind_of(node.target) is not None]
+        if layout is None:
+            for node in nodes:
+                near_miss(gm, node, "the graph has no packed inputs; nest_inputs comes first")
+            return 0
+        if not nodes:
+            return 0
+        # Everything that can be refused is refused here, before the first node is changed.
+        plans = self._plan(nodes)
+        spec = LayoutSpec(self.page_size, _windows(plans), has_state=any(_keeps_state(plan) for plan in plans))
+        specs: list[CacheSpec] = []
+        for index, (node, site, backend) in enumerate(plans):
+            specs += _rewrite(gm, node, layout, replace(site, num_groups=spec.num_groups), backend, index)
+        gm.meta[LAYOUT_SPEC], gm.meta[CACHE_SPECS] = spec, specs
+        return len(plans)
+
+    def _plan(self, nodes: list[fx.Node]) -> list[tuple[fx.Node, Site, Backend]]:
+        windows: list[int | None] = []
+        plans = []
+        for node in nodes:
+            kind = kind_of(node.target)
+            assert kind is not None
+            site = replace(kind.describe(node), page_size=self.page_size)
+            backend = choose_backend(site, self.backend)
+            if any(cache.kind == "paged" for cache in backend.caches(site)):
+                if site.window not in windows:
+                    windows.append(site.window)
+                site = replace(site, group=windows.index(site.window))
+            plans.append((node, site, backend))
+        return plans
+
+
+def _windows(plans: list[tuple[fx.Node, Site, Backend]]) -> tuple[int | None, ...]:
+    """The window of each KV group: layers of one window share one block table."""
+    paged = [site for _, site, backend in plans if any(cache.kind == "paged" for cache in backend.caches(site))]
+    return tuple(dict.fromkeys(site.window for site in paged))
+
+
+def _keeps_state(plan: tuple[fx.Node, Site, Backend]) -> bool:
+    _, site, backend = plan
+    return any(cache.kind == "state" for cache in backend.caches(site))
+
+
+def _rewrite(gm: fx.GraphModule, node: fx.Node, layout: fx.Node, site: Site, backend: Backend, index: int) -> list[CacheSpec]:
+    specs = [replace(cache, name=f"{cache.name}_{index}", group=site.group) for cache in backend.caches(site)]
+    caches = tuple(add_placeholder(gm, spec.name, "cache") for spec in specs)
+    num_tokens = record(node, torch.ops.aten.sym_size.int, placeholder(gm, "tokens"), 0)
+    kind = kind_of(node.target)
+    assert kind is not None
+    tensors = kind.tensors(node)
+
+    def cached(layout: Any, num_tokens: Any, tensors: tuple[Any, ...], caches: tuple[Any, ...]) -> Any:
+        return backend.call(tensors, caches, backend.metadata(layout, num_tokens, site), site)
+
+    result = record(node, cached, layout, num_tokens, tensors, caches)
+    for user in _cached_nodes(caches):
+        user.meta[SITE] = site
+    node.replace_all_uses_with(result)
+    gm.graph.erase_node(node)
+    return specs
+
+
+def _cached_nodes(caches: tuple[fx.Node, ...]) -> set[fx.Node]:
+    return {user for cache in caches for user in cache.users}

@@ -1,0 +1,84 @@
+"""Replace the padded [batch, seq] inputs by one packed token stream and the layout of its sequences.
+
+Before:                                          After:
+    input_ids: [B, S]; position_ids: [B, S]          input_ids: [T] int32; layout: [R, C] int32
+    x = embedding(w, input_ids)                      x = embedding(w, input_ids[None])
+    cos = f(position_ids)                            cos = f(position_ids(layout, T)[None])
+    attention(q, k, v)                               attention(q, k, v, cu_seqlens=cu_seqlens_q(layout))
+
+The packed stream is the model's batch of one; attention keeps the R sequences apart.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, fx
+
+from autodeploy.errors import UnsupportedFeature, node_location
+from autodeploy.graph import ROLE, add_placeholder, is_size, near_miss, placeholder, placeholders, record
+from autodeploy.metadata import fields
+from autodeploy.ops.registry import kind_of
+
+_KNOWN_INPUTS = ("input_ids", "position_ids")
+
+
+@dataclass(frozen=True)
+class NestInputs:
+    """Pack the inputs; matches once, on a graph with [batch, seq] inputs."""
+
+    name: str = "nest_inputs"
+
+    def apply(self, gm: fx.GraphModule) -> int:
+        if placeholder(gm, "layout") is not None:
+            return 0
+        old = {node.name: node for node in placeholders(gm)}
+        if "input_ids" not in old:
+            for node in old.values():
+                near_miss(gm, node, "is not called input_ids")
+            return 0
+        unknown = [node for name, node in old.items() if name not in _KNOWN_INPUTS and node.users]
+        if unknown:
+            raise UnsupportedFeature(
+                f"a graph input {unknown[0].name!r} that cannot be packed", where=node_location(unknown[0]),
+                fix=f"trace with {' and '.join(_KNOWN_INPUTS)} only",
+            )
+        _rewrite(gm, old)
+        return 1
+
+
+def _rewrite(gm: fx.GraphModule, old: dict[str, fx.Node]) -> None:
+    tokens, positions = old["input_ids"], old.get("position_ids")
+    layout = add_placeholder(gm, "layout", "layout")
+    tokens.meta = {ROLE: "tokens"}
+    num_tokens = record(layout.next, torch.ops.aten.sym_size.int, tokens, 0)
+    for node in old.values():
+        _replace_sizes(node, num_tokens)
+    first = num_tokens.next
+    batch = record(first, _as_batch, tokens)
+    tokens.replace_all_uses_with(batch, delete_user_cb=lambda user: user not in (num_tokens, batch.all_input_nodes[0]))
+    if positions is not None:
+        positions.replace_all_uses_with(record(first, _positions, layout, num_tokens))
+        gm.graph.erase_node(positions)
+    for node in list(gm.graph.nodes):
+        if kind_of(node.target) is not None:
+            node.kwargs = {**node.kwargs, "cu_seqlens": record(node, fields.cu_seqlens_q, layout)}
+
+
+def _as_batch(input_ids: Tensor) -> Tensor:
+    return torch.ops.aten.to.dtype(torch.ops.aten.unsqueeze.default(input_ids, 0), torch.int64)
+
+
+def _positions(layout: Tensor, num_tokens: int) -> Tensor:
+    return _as_batch(fields.position_ids(layout, num_tokens))
+
+
+def _replace_sizes(node: fx.Node, num_tokens: fx.Node) -> None:
+    """B becomes 1 and S becomes T wherever the graph asks for the size of an input."""
+    for size in [user for user in node.users if is_size(user) and user is not num_tokens]:
+        value = 1 if size.args[1] == 0 else num_tokens
+        for user in list(size.users):
+            user.args = fx.node.map_arg(user.args, lambda arg, size=size, value=value: value if arg is size else arg)
+            user.kwargs = fx.node.map_arg(user.kwargs, lambda arg, size=size, value=value: value if arg is size else arg)
+        size.graph.erase_node(size)
