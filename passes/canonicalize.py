@@ -16,6 +16,7 @@ from __future__ import annotations
 import operator
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import fx
@@ -56,8 +57,8 @@ _SAME = frozenset(
 # These always make a new tensor, equal to the input when it has the input's dtype, shape and strides.
 _COPIES = frozenset({aten.clone.default, aten._to_copy.default})
 _PERMUTATIONS = frozenset({aten.transpose.int, aten.permute.default, aten.t.default})
-# Position of the wrapped graph among the arguments of a higher-order op, and of its first operand.
-_REGIONS = {
+# Position of the wrapped graph among the arguments of a higher-order op; its operands follow.
+_REGIONS: dict[Any, int] = {
     torch.ops.higher_order.wrap_with_set_grad_enabled: 1,
     torch.ops.higher_order.wrap_with_autocast: 4,
 }
@@ -109,14 +110,12 @@ def _why_not_inline(gm: fx.GraphModule, node: fx.Node) -> str | None:
 
 def _inline(gm: fx.GraphModule, node: fx.Node) -> None:
     """Put the nodes of the wrapped graph, itself without inner regions, in place of the call."""
-    body_node, *operands = node.args[_REGIONS[node.target] :]
-    assert isinstance(body_node, fx.Node)
-    path = str(body_node.target)
+    path, operands = _body(node), node.args[_REGIONS[node.target] + 1 :]
     body = get_attribute(gm, path)
     _run(_INLINE_REGIONS, body)
-    copies = dict(zip(body.graph.find_nodes(op="placeholder"), operands, strict=True))
+    copies: dict[fx.Node, Any] = dict(zip(body.graph.find_nodes(op="placeholder"), operands, strict=True))
     with gm.graph.inserting_before(node):
-        outputs = gm.graph.graph_copy(body.graph, copies)
+        outputs: Any = gm.graph.graph_copy(body.graph, copies)
     for original, copy in copies.items():
         if original.op in ("get_attr", "call_module"):
             copy.target = f"{path}.{original.target}"
@@ -125,6 +124,13 @@ def _inline(gm: fx.GraphModule, node: fx.Node) -> None:
         user.replace_all_uses_with(outputs[user.args[1]])
         gm.graph.erase_node(user)
     gm.graph.erase_node(node)
+
+
+def _body(node: fx.Node) -> str:
+    """Path of the graph that a region wraps."""
+    body = node.args[_REGIONS[node.target]]
+    assert isinstance(body, fx.Node)
+    return str(body.target)
 
 
 def _is_check(node: fx.Node) -> bool:
@@ -140,8 +146,86 @@ def _is_identity(node: fx.Node) -> bool:
 
 
 def _why_not_identity(gm: fx.GraphModule, node: fx.Node) -> str | None:
-    if node.kwargs.get("copy") or (node.target is not aten.dropout.default and True in node.args[2:]):
+    if _argument(node, "copy"):
         return "asks for a copy"
-    if node.target is aten.dropout.default and node.args[1] and node.args[2]:
-        return f"drops values with probability {node.args[1]}; call model.eval() before tracing"
+    if _argument(node, "p") and _argument(node, "train"):
+        return "drops values at random; call model.eval() before tracing"
     return None
+
+
+def _is_copy(node: fx.Node) -> bool:
+    return node.target in _COPIES and _gives_same(node)
+
+
+def _why_not_copy(gm: fx.GraphModule, node: fx.Node) -> str | None:
+    if any(user.op == "output" for user in node.users):
+        return "is returned to a caller who may write to it"
+    return "is a copy of which one side is written to" if {node, *node.all_input_nodes} & mutated(gm.graph) else None
+
+
+def _forward_input(gm: fx.GraphModule, node: fx.Node) -> None:
+    node.replace_all_uses_with(node.all_input_nodes[0])
+    gm.graph.erase_node(node)
+
+
+def _undoes_permutation(node: fx.Node) -> bool:
+    source = node.all_input_nodes[0] if node.target in _PERMUTATIONS else None
+    if source is None or source.target not in _PERMUTATIONS or "val" not in source.meta:
+        return False
+    inner, outer = _permutation(source), _permutation(node)
+    return [inner[dim] for dim in outer] == list(range(len(inner)))
+
+
+def _skip_two(gm: fx.GraphModule, node: fx.Node) -> None:
+    node.replace_all_uses_with(node.all_input_nodes[0].all_input_nodes[0])
+    gm.graph.erase_node(node)
+
+
+def _always(gm: fx.GraphModule, node: fx.Node) -> str | None:
+    return None
+
+
+def _gives_same(node: fx.Node) -> bool:
+    before, after = node.all_input_nodes[0].meta.get("val"), node.meta.get("val")
+    if not isinstance(before, torch.Tensor) or not isinstance(after, torch.Tensor):
+        return False
+    if (before.dtype, before.device, before.layout) != (after.dtype, after.device, after.layout):
+        return False
+    same = sym_eq((*before.shape, *before.stride()), (*after.shape, *after.stride()))
+    return statically_known_true(same)
+
+
+def _permutation(node: fx.Node) -> list[int]:
+    """The input dimension that each output dimension of a transpose or permute is."""
+    order = list(range(node.all_input_nodes[0].meta["val"].ndim))
+    if node.target is aten.permute.default:
+        return [order[dim] for dim in _argument(node, "dims")]
+    first, second = (_argument(node, "dim0"), _argument(node, "dim1")) if node.target is aten.transpose.int else (0, -1)
+    order[first], order[second] = order[second], order[first]
+    return order
+
+
+def _argument(node: fx.Node, name: str) -> Any:
+    """The value of an op's argument however it was passed, or None where the op has no such argument."""
+    assert isinstance(node.target, torch._ops.OpOverload)
+    for position, argument in enumerate(node.target._schema.arguments):
+        if argument.name == name:
+            given = node.args[position] if position < len(node.args) else argument.default_value
+            return node.kwargs.get(name, given)
+    return None
+
+
+def _num_nodes(gm: fx.GraphModule) -> int:
+    """Nodes of `gm` and of the regions it calls."""
+    bodies = [get_attribute(gm, _body(node)) for node in gm.graph.nodes if _is_region(node)]
+    return len(gm.graph.nodes) + sum(_num_nodes(body) for body in bodies)
+
+
+_INLINE_REGIONS = _Rule(_is_region, _why_not_inline, _inline)
+_RULES = (
+    _INLINE_REGIONS,
+    _Rule(_is_check, _always, _erase),
+    _Rule(_is_identity, _why_not_identity, _forward_input),
+    _Rule(_is_copy, _why_not_copy, _forward_input),
+    _Rule(_undoes_permutation, _always, _skip_two),
+)
