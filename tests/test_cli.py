@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Iterator
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -124,28 +125,31 @@ def test_unknown_model_exits_2(capsys: pytest.CaptureFixture[str]) -> None:
     assert "'./no-such-folder' is not a folder" in capsys.readouterr().err
 
 
-def test_save_refuses_a_file(tmp_path: Any, capsys: pytest.CaptureFixture[str]) -> None:
+def test_save_refuses_a_file(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (tmp_path / "file").touch()
     assert main(["apply", "demo", "--save", str(tmp_path / "file")]) == 2
     assert "is a file" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize(
-    ("listing", "names"),
-    [
-        ("passes", [step.name for step in default()]),
-        ("fields", ["name", *(field.name for field in catalogue())]),
-        ("backends", ["kind", *(b.kind for kind in kinds() for b in backends() if b.kind == kind.name)]),
-    ],
-)
-def test_listings(listing: str, names: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+def _known(listing: str) -> list[str]:
+    """The first word of each line that `listing` prints."""
+    known_backends = [b.kind for kind in kinds() for b in backends() if b.kind == kind.name]
+    return {
+        "passes": [step.name for step in default()],
+        "fields": ["name", *(field.name for field in catalogue())],
+        "backends": ["kind", *known_backends],
+    }[listing]
+
+
+@pytest.mark.parametrize("listing", ["passes", "fields", "backends"])
+def test_listings(listing: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert main([listing]) == 0
     lines = capsys.readouterr().out.splitlines()
-    assert [line.split()[0] for line in lines] == names
+    assert [line.split()[0] for line in lines] == _known(listing)
     assert all(len(line.split()) > 2 for line in lines), "a line without a meaning"
 
 
-def test_doctor(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Any) -> None:
+def test_doctor(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setenv("AUTODEPLOY_CACHE", str(tmp_path))
     assert main(["doctor"]) == 0
     out = capsys.readouterr().out
@@ -155,14 +159,10 @@ def test_doctor(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPa
     assert "reference works" in out
 
 
-def test_reader_that_left_is_no_error(monkeypatch: pytest.MonkeyPatch, tmp_path: Any) -> None:
-    class Closed:
-        def __init__(self) -> None:
-            self.file = (tmp_path / "stdout").open("w")
-            self.fileno = self.file.fileno
+def test_reader_that_left_is_no_error(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    def refuse(text: str) -> int:
+        raise BrokenPipeError
 
-        def write(self, text: str) -> int:
-            raise BrokenPipeError
-
-    monkeypatch.setattr(sys, "stdout", Closed())
-    assert main(["fields"]) == 141
+    with (tmp_path / "stdout").open("w") as file:
+        monkeypatch.setattr(sys, "stdout", SimpleNamespace(write=refuse, fileno=file.fileno))
+        assert main(["fields"]) == 141
