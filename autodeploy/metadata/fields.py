@@ -13,6 +13,7 @@ import inspect
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache
+from importlib import import_module
 from importlib.metadata import entry_points
 from typing import Any
 
@@ -33,8 +34,9 @@ _catalogue: dict[str, Field] = {}
 class Field:
     """One entry of the catalogue.
 
-    `shape` is in the letters above; `depends` is what the value depends on beside the batch itself: any of
-    "P" (page size), "G" (KV group), "W" (window), "K" (kernel size); `padding` says what padding rows or tokens hold.
+    `shape` is in the letters above; `depends` is what the value depends on beside the batch itself: any of "P" (page
+    size), "G" (KV group), "W" (window), "H" (head configuration or kernel size); `padding` says what padding rows or
+    tokens hold.
     """
 
     name: str
@@ -70,20 +72,21 @@ def field(*, shape: str, depends: str = "", padding: str = "", device: str = "de
 
 
 @cache
-def _load_entry_points() -> None:
+def _load() -> None:
+    import_module("autodeploy.metadata.fields_torch")
     for point in entry_points(group="autodeploy.fields"):
         point.load()
 
 
 def catalogue() -> tuple[Field, ...]:
     """Every registered field, ours first."""
-    _load_entry_points()
+    _load()
     return tuple(_catalogue.values())
 
 
 def get(name: str) -> Field:
     """The field called `name`; raises UnknownName."""
-    _load_entry_points()
+    _load()
     if name not in _catalogue:
         raise UnknownName("field", name, _catalogue)
     return _catalogue[name]

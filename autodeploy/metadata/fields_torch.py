@@ -25,7 +25,7 @@ from autodeploy.metadata.layout import NUM_FIXED_COLUMNS, QUERY_LEN
 NO_WINDOW = 1 << 30
 
 
-@field(shape="[T, N] int64", depends="K", padding="the zero entry")
+@field(shape="[T, N] int64", depends="H", padding="the zero entry")
 def conv_window_indices(layout: Tensor, num_tokens: int, kernel_size: int) -> Tensor:
     """Inputs of each token's convolution, in [T tokens | S * (N - 1) cached inputs | one zero]."""
     row_T = token_to_seq(layout, num_tokens)
@@ -39,7 +39,7 @@ def conv_window_indices(layout: Tensor, num_tokens: int, kernel_size: int) -> Te
     return torch.where(is_token(layout, num_tokens)[:, None], torch.where(offset_TN < 0, before_TN, token_TN), zero)
 
 
-@field(shape="[S, N - 1] int64", depends="K", padding="the zero entry")
+@field(shape="[S, N - 1] int64", depends="H", padding="the zero entry")
 def conv_state_indices(layout: Tensor, num_tokens: int, kernel_size: int) -> Tensor:
     """The last N - 1 inputs of each sequence, in [T tokens | S * (N - 1) cached inputs | one zero]."""
     row_S1 = torch.arange(layout.shape[0], device=layout.device)[:, None]

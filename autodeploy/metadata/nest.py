@@ -222,13 +222,13 @@ def _check_state_slots(state_slots: np.ndarray, num_state_slots: int, spec: Layo
 def _pages_in_use(table_SP: np.ndarray, batch: _Batch, group: int, spec: LayoutSpec, num_pages: int) -> np.ndarray:
     """The table [S, P] with 0 where this step neither reads nor writes, once its pages are checked."""
     entry_P = np.arange(table_SP.shape[1])
-    end_S1 = (-(-(batch.context_lens + batch.query_lens) // spec.page_size))[:, None]
-    used_SP = entry_P < end_S1
+    used_SP = entry_P < -(-(batch.context_lens + batch.query_lens) // spec.page_size)[:, None]
     if spec.windows[group] is not None:
         used_SP &= entry_P >= spec.first_read_page(group, batch.context_lens)[:, None]
     pages_SP = np.where(used_SP, table_SP, SCRATCH_PAGE)
-    bad_SP = used_SP & ((pages_SP <= SCRATCH_PAGE) | (pages_SP >= num_pages))
-    if bad_SP.any():
+    in_range = pages_SP.min(initial=0) >= 0 and pages_SP.max(initial=0) < num_pages
+    if not in_range or np.count_nonzero(pages_SP) < np.count_nonzero(used_SP):
+        bad_SP = used_SP & ((pages_SP <= SCRATCH_PAGE) | (pages_SP >= num_pages))
         row, entry = np.unravel_index(bad_SP.argmax(), bad_SP.shape)
         what = f"entry {entry} of its block table is page {table_SP[row, entry]}, outside 1..{num_pages - 1}"
         _refuse(what, int(row), "page 0 is scratch and owned by nobody", group)
