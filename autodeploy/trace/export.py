@@ -8,6 +8,7 @@ After:  `gm(input_ids [B, S] int64, position_ids [B, S] int64) -> logits [B, S, 
 from __future__ import annotations
 
 import inspect
+import time
 
 import torch
 from torch import fx, nn
@@ -21,6 +22,7 @@ from autodeploy.errors import AutodeployError, NoAttentionFound, TraceError, Uns
 from autodeploy.ops.registry import kind_of
 from autodeploy.trace.patches import traceable
 
+TRACE_SECONDS = "autodeploy_trace_seconds"  # meta of the traced module: how long it took
 # Any two sizes above one that differ: they become symbols.
 _EXAMPLE_SHAPE = (2, 12)
 _NEAR_MISSES = ("scaled_dot_product_attention", "softmax", "bmm", "matmul", "conv1d", "baddbmm")
@@ -37,10 +39,12 @@ def trace(model: PreTrainedModel) -> fx.GraphModule:
     """
     if not isinstance(model, PreTrainedModel):
         raise TraceError(f"{type(model).__name__} is not a transformers model", fix=_LOAD_WITH)
+    start = time.perf_counter()
     program = _export(model)
     _check_dynamic(program, model)
     gm = _plain(program, model)
     _check_attention(gm, model)
+    gm.meta[TRACE_SECONDS] = time.perf_counter() - start
     return gm
 
 
