@@ -1,0 +1,70 @@
+"""The cache tensors of a compiled step, and how many pages a memory budget buys."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from math import prod
+
+import torch
+from torch import Tensor
+
+from autodeploy.errors import OptionError
+from autodeploy.metadata.layout import LayoutSpec
+from autodeploy.ops.spec import CacheSpec
+from autodeploy.runtime.pages import pages_needed
+
+
+def allocate_caches(
+    specs: Sequence[CacheSpec], page_size: int, num_pages: Sequence[int], max_num_seqs: int, device: torch.device
+) -> tuple[Tensor, ...]:
+    """Zeros: [num_pages, page_size, *shape] for kind "paged", [max_num_seqs + 1, *shape] for kind "state"."""
+
+    def allocate(spec: CacheSpec) -> Tensor:
+        size = (num_pages[spec.group], page_size) if spec.kind == "paged" else (max_num_seqs + 1,)
+        return torch.zeros(*size, *spec.shape, dtype=spec.dtype, device=device)
+
+    return tuple(map(allocate, specs))
+
+
+def default_num_pages(
+    specs: Sequence[CacheSpec],
+    layout_spec: LayoutSpec,
+    *,
+    max_model_len: int,
+    max_num_seqs: int,
+    max_num_tokens: int,
+    memory_bytes: int,
+) -> tuple[int, ...]:
+    """Pages per KV group: enough for `max_num_seqs` of the longest sequences, or the same share of that for each group.
+
+    All caches take at most `memory_bytes` together. Raises OptionError if one sequence of `max_model_len` does not fit.
+    """
+    page_size = layout_spec.page_size
+    chunk_pages = -(-max_num_tokens // page_size)
+    page_bytes = [0] * layout_spec.num_groups
+    state_bytes = 0
+    for spec in specs:
+        if spec.kind == "paged":
+            page_bytes[spec.group] += page_size * _num_bytes(spec)
+        else:
+            state_bytes += (max_num_seqs + 1) * _num_bytes(spec)
+    whole = -(-max_model_len // page_size)
+    alone = [pages_needed(max_model_len, page_size, window) for window in layout_spec.windows]
+    # A window's pages, and those of a prompt's chunk, which is written before the pages behind it are freed.
+    wanted = [min(whole, pages + chunk_pages) * max_num_seqs for pages in alone]
+    budget = memory_bytes - state_bytes - sum(page_bytes)
+    price = sum(count * size for count, size in zip(wanted, page_bytes, strict=True))
+    share = min(1.0, max(0, budget) / price) if price else 1.0
+    pages = [1 + int(count * share) for count in wanted]
+    if any(count <= least for count, least in zip(pages, alone, strict=True)):
+        raise OptionError(
+            f"{memory_bytes} bytes of cache do not hold one sequence of {max_model_len} tokens",
+            where=f"pages per KV group {pages}, needed {[least + 1 for least in alone]}",
+            fix="give more memory, or lower max_model_len or max_num_seqs",
+        )
+    return tuple(pages)
+
+
+def _num_bytes(spec: CacheSpec) -> int:
+    """Bytes of one token's, or one sequence's, entry."""
+    return prod(spec.shape) * spec.dtype.itemsize

@@ -1,0 +1,118 @@
+"""Who owns which page and which state slot.
+
+One pool of pages per KV group, one block table per group and sequence row, all in one array that lives as long as the
+engine and is changed only where something changed. Row r of the tables belongs to state slot r + 1 (slot 0 is scratch).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+
+from autodeploy.errors import OptionError
+from autodeploy.metadata.layout import SCRATCH_PAGE, LayoutSpec
+
+
+def pages_needed(num_tokens: int, page_size: int, window: int | None) -> int:
+    """The most pages that one sequence holds at once while it grows to `num_tokens`, one token per step."""
+    pages = -(-num_tokens // page_size)
+    # w positions in a row touch at most (w + p - 2) // p + 1 pages, when the first of them is a page's last.
+    return pages if window is None else min(pages, (window + page_size - 2) // page_size + 1)
+
+
+class PagePool:
+    """The pages of one KV group: 1 .. num_pages - 1, each free or in exactly one row of `table` [N, P] int32.
+
+    Entries of row r before first[r] have fallen behind the sliding window and are 0.
+    """
+
+    def __init__(self, table: np.ndarray, num_pages: int) -> None:
+        self.table = table
+        self.num_pages = num_pages
+        self.first = [0] * len(table)
+        # Taken from the back, so that the lowest and most recently used pages go first.
+        self.free = list(range(num_pages - 1, SCRATCH_PAGE, -1))
+
+    def fill(self, row: int, first: int, end: int) -> None:
+        """Put free pages into entries first .. end - 1; the caller has checked that there are as many."""
+        self.table[row, first:end] = [self.free.pop() for _ in range(end - first)]
+
+    def drop_before(self, row: int, entry: int) -> None:
+        """Free the pages of a row before `entry`."""
+        first = self.first[row]
+        if entry <= first:
+            return
+        self.free += self.table[row, first:entry].tolist()
+        self.table[row, first:entry] = SCRATCH_PAGE
+        self.first[row] = entry
+
+
+class BlockTables:
+    """Pages of all KV groups and state slots of up to `max_num_seqs` sequences.
+
+    `tables` [G, N, P] int32 are the block tables, 0 where a row has no page. `num_pages` is per KV group, the scratch
+    page included. Raises OptionError where a group is left without pages.
+    """
+
+    def __init__(self, spec: LayoutSpec, num_pages: Sequence[int], max_num_seqs: int, max_pages: int) -> None:
+        if len(num_pages) != spec.num_groups or any(count < 2 for count in num_pages):
+            raise OptionError(
+                f"num_pages is {tuple(num_pages)} for {spec.num_groups} KV groups",
+                fix="give each group at least 2 pages: scratch and one more",
+            )
+        self.spec = spec
+        self.tables = np.full((spec.num_groups, max_num_seqs, max_pages), SCRATCH_PAGE, dtype=np.int32)
+        self.pools = [PagePool(table, count) for table, count in zip(self.tables, num_pages, strict=True)]
+        self.free_rows = list(range(max_num_seqs - 1, -1, -1))
+        # How many entries of each row have been filled, the same in all groups.
+        self.ends = [0] * max_num_seqs
+
+    def fits_alone(self, num_tokens: int) -> bool:
+        """Whether a sequence can grow to `num_tokens` if it has the pools to itself."""
+        return all(
+            pages_needed(num_tokens, self.spec.page_size, window) < pool.num_pages
+            for pool, window in zip(self.pools, self.spec.windows, strict=True)
+        )
+
+    def fits_now(self, num_tokens: int) -> bool:
+        """Whether a new sequence could grow to `num_tokens` with what is free."""
+        return bool(self.free_rows) and all(
+            pages_needed(num_tokens, self.spec.page_size, window) <= len(pool.free)
+            for pool, window in zip(self.pools, self.spec.windows, strict=True)
+        )
+
+    def acquire(self) -> int:
+        """A row, and with it a state slot, that nobody has."""
+        return self.free_rows.pop()
+
+    def release(self, row: int) -> None:
+        """Free a row, its state slot and all its pages."""
+        for pool in self.pools:
+            pool.drop_before(row, self.ends[row])
+            pool.first[row] = 0
+        self.ends[row] = 0
+        self.free_rows.append(row)
+
+    def capacity(self, row: int) -> int:
+        """How many tokens the row could hold if it took every free page."""
+        free = min((len(pool.free) for pool in self.pools), default=self.tables.shape[2])
+        return self.spec.page_size * (self.ends[row] + free)
+
+    def extend(self, row: int, num_tokens: int) -> bool:
+        """Give the row pages for positions up to `num_tokens`, in every group or, where one lacks them, in none."""
+        first, end = self.ends[row], -(-num_tokens // self.spec.page_size)
+        if end <= first:
+            return True
+        if any(end - first > len(pool.free) for pool in self.pools):
+            return False
+        for pool in self.pools:
+            pool.fill(row, first, end)
+        self.ends[row] = end
+        return True
+
+    def drop_unread(self, row: int, context_len: int) -> None:
+        """Free the pages that no token from position `context_len` on will read: those behind a sliding window."""
+        for group, pool in enumerate(self.pools):
+            if self.spec.windows[group] is not None:
+                pool.drop_before(row, self.spec.first_read_page(group, context_len))

@@ -1,0 +1,67 @@
+"""Logits to token ids. Shapes: R rows to sample, V vocabulary."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from autodeploy.runtime.requests import Request
+
+
+def sample_tokens(logits: Tensor, rows: Sequence[int], requests: Sequence[Request]) -> tuple[list[int], int]:
+    """The next token of each of `requests`, whose logits are `rows` of `logits` [S, V] (any float dtype).
+
+    A request's random number comes from its own generator, so its choice does not depend on the rest of the batch.
+    Also returns the bytes copied to the device: 0 if all are greedy.
+    """
+    # Over all rows, padding too: cheaper than sending an index to the device.
+    greedy = logits.argmax(dim=-1).tolist() if any(request.generator is None for request in requests) else []
+    drawn = [(row, request) for row, request in zip(rows, requests, strict=True) if request.generator is not None]
+    if not drawn:
+        return [greedy[row] for row in rows], 0
+    settings_R5 = torch.tensor([_settings(row, r, logits.shape[-1]) for row, r in drawn], dtype=torch.float64)
+    moved = settings_R5.to(logits.device)
+    row_R, *columns = moved.unbind(1)
+    filtered = any(request.params.top_k or request.params.top_p < 1 for _, request in drawn)
+    tokens = iter(_sample(logits[row_R.long()], *columns, filtered=filtered).tolist())
+    chosen = [greedy[row] if r.generator is None else next(tokens) for row, r in zip(rows, requests, strict=True)]
+    return chosen, settings_R5.nbytes
+
+
+def _settings(row: int, request: Request, vocabulary: int) -> tuple[float, ...]:
+    """row, temperature, top_k, top_p, and a random number in [0, 1)."""
+    params = request.params
+    uniform = torch.rand((), generator=request.generator, dtype=torch.float64).item()
+    return row, params.temperature, params.top_k or vocabulary, params.top_p, uniform
+
+
+def _sample(
+    logits_RV: Tensor, temperature: Tensor, top_k: Tensor, top_p: Tensor, uniform: Tensor, *, filtered: bool
+) -> Tensor:
+    """One token per row [R] int64, by inverting the distribution function in vocabulary order."""
+    logits_RV = logits_RV.double()
+    # The best score is 0, so that no temperature, however low, overflows.
+    scores_RV = (logits_RV - logits_RV.amax(dim=-1, keepdim=True)) / temperature[:, None]
+    if filtered:
+        threshold_R1 = _lowest_kept(scores_RV, top_k[:, None], top_p[:, None])
+        scores_RV = scores_RV.masked_fill(scores_RV < threshold_R1, -torch.inf)
+    cumulative_RV = torch.softmax(scores_RV, dim=-1).cumsum(dim=-1)
+    total_R1 = cumulative_RV[:, -1:]
+    token_R1 = torch.searchsorted(cumulative_RV, uniform[:, None] * total_R1, right=True)
+    # Rounding may carry the product up to the total, past the last token that has any probability.
+    last_R1 = torch.searchsorted(cumulative_RV, total_R1.contiguous())
+    return torch.minimum(token_R1, last_R1).squeeze(1)
+
+
+def _lowest_kept(scores_RV: Tensor, top_k_R1: Tensor, top_p_R1: Tensor) -> Tensor:
+    """The smallest score kept [R, 1]: of the top_k best, the fewest whose probabilities add up to top_p; ties stay."""
+    sorted_RV = scores_RV.sort(dim=-1, descending=True).values
+    rank_V = torch.arange(scores_RV.shape[1], device=scores_RV.device)
+    best_RV = rank_V < top_k_R1
+    probability_RV = torch.softmax(sorted_RV.masked_fill(~best_RV, -torch.inf), dim=-1)
+    before_RV = probability_RV.cumsum(dim=-1) - probability_RV
+    # top_p = 1 keeps all, also where rounding lets the sum reach 1 before the end.
+    kept_RV = best_RV & ((before_RV < top_p_R1) | (top_p_R1 >= 1))
+    return sorted_RV.gather(1, kept_RV.sum(dim=-1, keepdim=True) - 1)

@@ -1,0 +1,314 @@
+"""The engine, fed by a model in plain Python whose every token depends on all that it reads back from its caches."""
+
+from __future__ import annotations
+
+from contextlib import suppress
+from itertools import pairwise
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from autodeploy.errors import OptionError, RequestTooLong
+from autodeploy.metadata.layout import CONTEXT_LEN, NUM_FIXED_COLUMNS, QUERY_LEN, STATE_SLOT, LayoutSpec
+from autodeploy.ops.spec import CacheSpec
+from autodeploy.runtime.buckets import padded_sizes
+from autodeploy.runtime.caches import default_num_pages
+from autodeploy.runtime.engine import Engine
+from autodeploy.runtime.requests import Request, RequestOutput, SamplingParams
+
+VOCABULARY = 50
+MAX_MODEL_LEN = 64
+
+
+class StepFailed(Exception):
+    """What the model raises, after it has written its caches."""
+
+
+def mix(values: list[int], start: int = 1) -> int:
+    """An order-dependent hash that fits int32."""
+    for value in values:
+        start = (start * 31 + value + 1) % 65521
+    return start
+
+
+class HashModel:
+    """Two layers and a state: the first layer hashes what its window of token ids shows, the second everything the
+    first wrote, the state is a running hash; the next token is the hash of the last two.
+
+    Group 0 pages full attention, group 1 the sliding window.
+    """
+
+    def __init__(self, page_size: int, window: int) -> None:
+        self.window = window
+        self.spec = LayoutSpec(page_size, (None, window), has_state=True)
+        self.cache_specs = (
+            CacheSpec("tokens", "paged", (1,), torch.int32, group=1),
+            CacheSpec("hidden", "paged", (1,), torch.int32, group=0),
+            CacheSpec("state", "state", (1,), torch.int32),
+        )
+        self.sizes: list[tuple[int, int]] = []
+        self.fail_at = -1
+
+    def expected(self, prompt: list[int], count: int) -> tuple[int, ...]:
+        """The tokens it generates, computed on a plain list."""
+        tokens = list(prompt)
+        for _ in range(count):
+            hidden = [mix(tokens[max(0, i + 1 - self.window) : i + 1]) for i in range(len(tokens))]
+            tokens.append(mix([mix(hidden), mix(tokens)]) % VOCABULARY)
+        return tuple(tokens[len(prompt) :])
+
+    def __call__(self, input_ids: Tensor, layout: Tensor, tokens: Tensor, hidden: Tensor, state: Tensor) -> Tensor:
+        assert input_ids.dtype is layout.dtype is torch.int32
+        self.sizes.append((len(input_ids), len(layout)))
+        logits = torch.zeros(len(layout), VOCABULARY)
+        stream, start = input_ids.tolist(), 0
+        for index, row in enumerate(layout.tolist()):
+            new = stream[start : start + row[QUERY_LEN]]
+            start += row[QUERY_LEN]
+            if new:
+                logits[index, self._advance(row, new, tokens.view(-1), hidden.view(-1), state.view(-1))] = 1
+        if len(self.sizes) == self.fail_at:
+            raise StepFailed
+        return logits
+
+    def _advance(self, row: list[int], new: list[int], tokens: Tensor, hidden: Tensor, state: Tensor) -> int:
+        pages = (len(row) - NUM_FIXED_COLUMNS) // 2
+        full, sliding = row[NUM_FIXED_COLUMNS:][:pages], row[NUM_FIXED_COLUMNS:][pages:]
+        cached, slot = row[CONTEXT_LEN], row[STATE_SLOT]
+        state[slot] = mix(new, int(state[slot]) if cached else 1)
+        for position, token in enumerate(new, cached):
+            tokens[self._slots(sliding, position, position + 1)] = token
+        for position in range(cached, cached + len(new)):
+            seen = tokens[self._slots(sliding, max(0, position + 1 - self.window), position + 1)]
+            hidden[self._slots(full, position, position + 1)] = mix(seen.tolist())
+        everything = hidden[self._slots(full, 0, cached + len(new))]
+        return mix([mix(everything.tolist()), int(state[slot])]) % VOCABULARY
+
+    def _slots(self, table: list[int], first: int, end: int) -> list[int]:
+        size = self.spec.page_size
+        pages = [table[position // size] for position in range(first, end)]
+        assert all(pages), "a position without a page is read or written"
+        return [page * size + position % size for position, page in zip(range(first, end), pages, strict=True)]
+
+
+class LetterTokenizer:
+    """Token 3 is "d", and so on."""
+
+    def decode(self, token_ids: list[int], *, skip_special_tokens: bool) -> str:
+        return "".join(chr(ord("a") + token % 26) for token in token_ids)
+
+
+def make_engine(model: HashModel, **options: object) -> Engine:
+    settings = {"device": torch.device("cpu"), "num_pages": (40, 40), "max_model_len": MAX_MODEL_LEN, "max_num_seqs": 4}
+    return Engine(model, model.cache_specs, model.spec, **(settings | options))  # type: ignore[arg-type]
+
+
+def run(engine: Engine, limit: int = 2000) -> None:
+    for _ in range(limit):
+        if not engine.has_work:
+            return
+        engine.step()
+    raise AssertionError("the engine does not come to an end")
+
+
+def assert_nothing_owned(engine: Engine) -> None:
+    assert not engine._tables.tables.any()
+    assert len(engine._tables.free_rows) == engine._tables.tables.shape[1]
+
+
+def generate(engine: Engine, prompts: list[list[int]], max_tokens: list[int]) -> list[RequestOutput]:
+    requests = engine.add_many(prompts, [SamplingParams(max_tokens=count) for count in max_tokens])
+    run(engine)
+    assert_nothing_owned(engine)
+    return [request.output() for request in requests]
+
+
+PROMPTS = [[1, 2, 3], [4], list(range(30)), [7] * 11, [9, 8], list(range(20))]
+MAX_TOKENS = [12, 20, 9, 15, 1, 8]
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        pytest.param({"max_num_seqs": 1}, id="one at a time"),
+        pytest.param({"max_num_seqs": 6}, id="batched"),
+        pytest.param({"max_num_seqs": 2, "max_num_tokens": 5}, id="chunked"),
+        pytest.param({"num_pages": (11, 40), "max_num_tokens": 7}, id="preempted"),
+        pytest.param({"num_pages": (40, 5), "max_num_tokens": 7}, id="window pages freed and reused"),
+    ],
+)
+def test_tokens_do_not_depend_on_how_they_were_batched(options: dict) -> None:
+    model = HashModel(page_size=4, window=6)
+    engine = make_engine(model, **options)
+    outputs = generate(engine, PROMPTS, MAX_TOKENS)
+    for output, prompt, count in zip(outputs, PROMPTS, MAX_TOKENS, strict=True):
+        assert output == RequestOutput(model.expected(prompt, count), "", "length", tuple(prompt))
+    assert (engine.stats.num_preemptions > 0) == (options.get("num_pages") is not None)
+    assert all(num_tokens >= 2 and num_sequences >= 2 for num_tokens, num_sequences in model.sizes)
+
+
+@settings(deadline=None, max_examples=60)
+@given(st.data())
+def test_any_workload_on_any_pool_gives_the_tokens_of_the_model(data: st.DataObject) -> None:
+    model = HashModel(data.draw(st.integers(1, 5)), data.draw(st.integers(1, 9)))
+    max_num_seqs = data.draw(st.integers(1, 4))
+    engine = make_engine(
+        model,
+        num_pages=(data.draw(st.integers(2, 12)), data.draw(st.integers(2, 8))),
+        max_num_seqs=max_num_seqs,
+        max_num_tokens=data.draw(st.integers(max_num_seqs, 16)),
+    )
+    model.fail_at = data.draw(st.integers(0, 20))
+    prompts = data.draw(st.lists(st.lists(st.integers(0, VOCABULARY - 1), min_size=1, max_size=20), max_size=6))
+    requests: list[Request] = []
+    for prompt in prompts:
+        params = SamplingParams(max_tokens=data.draw(st.integers(1, 8)))
+        try:
+            requests.append(engine.add(prompt, params))
+        except RequestTooLong:
+            continue
+        step_or_fail(engine)
+    for request in data.draw(st.lists(st.sampled_from(requests), max_size=2)) if requests else []:
+        engine.cancel(request)
+    for _ in range(2000):
+        step_or_fail(engine)
+    assert not engine.has_work
+    assert_nothing_owned(engine)
+    for request in requests:
+        expected = model.expected(list(request.prompt_token_ids), request.params.max_tokens)
+        if request.finish_reason == "cancelled":
+            expected = expected[: len(request.token_ids)]
+        assert request.token_ids == expected
+
+
+def step_or_fail(engine: Engine) -> None:
+    """One step; the model raises in at most one of them."""
+    with suppress(StepFailed):
+        engine.step()
+
+
+def test_a_failed_step_leaves_every_request_as_it_was() -> None:
+    model = HashModel(page_size=4, window=6)
+    engine = make_engine(model)
+    requests = engine.add_many(PROMPTS[:3], [SamplingParams(max_tokens=5)] * 3)
+    engine.step()
+    model.fail_at = len(model.sizes) + 1
+    before = [request.token_ids for request in requests]
+    with pytest.raises(StepFailed):
+        engine.step()
+    assert [request.token_ids for request in requests] == before
+    assert_nothing_owned(engine)
+    run(engine)
+    assert [request.token_ids for request in requests] == [model.expected(prompt, 5) for prompt in PROMPTS[:3]]
+
+
+def test_cancel_frees_at_once_and_keeps_the_others() -> None:
+    model = HashModel(page_size=4, window=6)
+    engine = make_engine(model, max_num_seqs=2)
+    running, other, waiting = engine.add_many(PROMPTS[:3], [SamplingParams(max_tokens=6)] * 3)
+    engine.step()
+    engine.cancel(running)
+    engine.cancel(waiting)
+    engine.cancel(running)
+    assert (running.finish_reason, waiting.finish_reason) == ("cancelled", "cancelled")
+    assert running.token_ids == model.expected(PROMPTS[0], 1)
+    run(engine)
+    assert other.token_ids == model.expected(PROMPTS[1], 6)
+    assert_nothing_owned(engine)
+
+
+def test_a_list_with_one_request_too_long_adds_none() -> None:
+    engine = make_engine(HashModel(page_size=4, window=6))
+    with pytest.raises(RequestTooLong, match="exceed the model's 64"):
+        engine.add_many([[1], [2] * 60], [SamplingParams()] * 2)
+    with pytest.raises(RequestTooLong, match="max_tokens 1000000000000 exceed"):
+        engine.add([1], SamplingParams(max_tokens=10**12))
+    assert not engine.has_work
+
+
+@pytest.mark.parametrize("prompt", [[], [1.5], [[1]], [-1], [2**31], ["a"]])
+def test_a_prompt_that_is_not_token_ids_is_refused(prompt: list) -> None:
+    engine = make_engine(HashModel(page_size=4, window=6))
+    with pytest.raises(OptionError, match="a prompt "):
+        engine.add(prompt, SamplingParams(max_tokens=1))
+
+
+def test_eos_ends_a_request_unless_ignored() -> None:
+    model = HashModel(page_size=4, window=6)
+    tokens = model.expected([5, 6], 10)
+    eos = tokens[4]
+    stops_at = tokens.index(eos) + 1
+    engine = make_engine(model, eos_token_ids=[eos])
+    stopping = engine.add([5, 6], SamplingParams(max_tokens=10))
+    going_on = engine.add([5, 6], SamplingParams(max_tokens=10, ignore_eos=True))
+    run(engine)
+    assert (stopping.token_ids, stopping.finish_reason) == (tokens[:stops_at], "stop")
+    assert (going_on.token_ids, going_on.finish_reason) == (tokens, "length")
+
+
+def test_text_streams_and_ends_before_a_stop_string() -> None:
+    model, tokenizer = HashModel(page_size=4, window=6), LetterTokenizer()
+    text = tokenizer.decode(list(model.expected([5, 6], 12)), skip_special_tokens=True)
+    engine = make_engine(model, tokenizer=tokenizer)
+    whole = engine.add([5, 6], SamplingParams(max_tokens=12))
+    cut = engine.add([5, 6], SamplingParams(max_tokens=12, stop=text[6:9]))
+    pieces = {whole: "", cut: ""}
+    while engine.has_work:
+        for output in engine.step():
+            pieces[output.request] += output.text
+    assert pieces[whole] == whole.text == text
+    assert pieces[cut] == cut.text == text[: text.index(text[6:9])]
+    assert cut.finish_reason == "stop"
+
+
+def test_stop_strings_need_a_tokenizer() -> None:
+    engine = make_engine(HashModel(page_size=4, window=6))
+    with pytest.raises(OptionError, match="stop strings without a tokenizer"):
+        engine.add([1], SamplingParams(max_tokens=1, stop="x"))
+
+
+def test_one_copy_per_step_and_counts_that_add_up() -> None:
+    model = HashModel(page_size=4, window=6)
+    engine = make_engine(model, max_num_seqs=6)
+    generate(engine, PROMPTS, MAX_TOKENS)
+    stats = engine.stats
+    assert stats.num_steps == stats.num_host_to_device_copies == len(model.sizes)
+    assert stats.num_tokens == sum(map(len, PROMPTS)) + sum(MAX_TOKENS) - len(PROMPTS)
+    assert stats.host_to_device_bytes > 0
+    assert stats.host_seconds > 0
+
+
+def test_buckets_are_never_small_grow_coarsely_and_stay_below_the_table() -> None:
+    sizes = [padded_sizes(1, 1, pages, 1000).pages_per_sequence for pages in range(1, 25)]
+    assert sizes == [2, 2, 3, 4, 6, 6, 8, 8, *[12] * 4, *[16] * 4, *[24] * 8]
+    assert padded_sizes(1, 1, 1, 2) == (2, 2, 2)
+    assert padded_sizes(7, 5, 40, 45) == (7, 5, 45)
+    buckets = sorted({padded_sizes(2, 2, pages, 5000).pages_per_sequence for pages in range(1, 5000)})
+    assert all(after <= 1.5 * before for before, after in pairwise(buckets))
+
+
+def test_default_pool_holds_all_sequences_or_what_memory_buys() -> None:
+    model = HashModel(page_size=4, window=6)
+    sizes = {"max_model_len": 64, "max_num_seqs": 4, "max_num_tokens": 8}
+    # 16 pages for 64 tokens; a window of 6 touches 3 and a chunk of 8 adds 2.
+    assert default_num_pages(model.cache_specs, model.spec, **sizes, memory_bytes=10**6) == (65, 21)
+    # 16 bytes a page in each group, 20 bytes of state: half of (64 + 20) pages, and two of scratch.
+    assert default_num_pages(model.cache_specs, model.spec, **sizes, memory_bytes=20 + 16 * (42 + 2)) == (33, 11)
+    with pytest.raises(OptionError, match="do not hold one sequence of 64 tokens"):
+        default_num_pages(model.cache_specs, model.spec, **sizes, memory_bytes=300)
+
+
+def test_requests_sampled_together_draw_what_they_draw_alone() -> None:
+    params = [SamplingParams(max_tokens=6, temperature=5.0, seed=seed) for seed in range(4)]
+    prompts = [np.array(prompt) for prompt in PROMPTS[:4]]
+    together = make_engine(HashModel(page_size=4, window=6))
+    requests = together.add_many(prompts, params)
+    run(together)
+    alone = make_engine(HashModel(page_size=4, window=6), max_num_seqs=1)
+    assert [request.token_ids for request in alone.add_many(prompts, params) if not run(alone)] == [
+        request.token_ids for request in requests
+    ]

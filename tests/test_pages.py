@@ -1,0 +1,84 @@
+"""Pages and rows: after anything that can happen, each page has exactly one owner or is free."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from autodeploy.errors import OptionError
+from autodeploy.metadata.layout import LayoutSpec
+from autodeploy.runtime.pages import BlockTables, pages_needed
+
+MAX_NUM_SEQS, MAX_PAGES = 4, 8
+
+
+def check_ownership(tables: BlockTables, held: dict[int, tuple[int, int]]) -> None:
+    """`held`: row -> (tokens computed, tokens with pages)."""
+    assert sorted([*tables.free_rows, *held]) == list(range(MAX_NUM_SEQS))
+    for pool, window in zip(tables.pools, tables.spec.windows, strict=True):
+        owned = pool.table[pool.table > 0].tolist()
+        assert sorted(owned + pool.free) == list(range(1, pool.num_pages)), "a page is lost or owned twice"
+        for row in range(MAX_NUM_SEQS):
+            computed, covered = held.get(row, (0, 0))
+            first = 0 if window is None else max(0, computed + 1 - window) // tables.spec.page_size
+            entries = np.nonzero(pool.table[row])[0].tolist()
+            assert entries == list(range(first, -(-covered // tables.spec.page_size)))
+
+
+@settings(deadline=None)
+@given(
+    st.integers(1, 5),
+    st.lists(st.sampled_from([None, 1, 4, 7]), min_size=1, max_size=3),
+    st.lists(st.tuples(st.sampled_from(["acquire", "extend", "commit", "release"]), st.integers(0, 99)), max_size=60),
+    st.data(),
+)
+def test_no_page_is_owned_twice_and_none_leaks(page_size: int, windows: list, moves: list, data: st.DataObject) -> None:
+    num_pages = [data.draw(st.integers(2, 20)) for _ in windows]
+    tables = BlockTables(LayoutSpec(page_size, tuple(windows)), num_pages, MAX_NUM_SEQS, MAX_PAGES)
+    held: dict[int, tuple[int, int]] = {}
+    for move, number in moves:
+        row = list(held)[number % len(held)] if held else None
+        if move == "acquire" and tables.free_rows:
+            held[tables.acquire()] = (0, 0)
+        elif move == "extend" and row is not None:
+            computed, covered = held[row]
+            wanted = min(covered + number % 9, MAX_PAGES * page_size)
+            possible = wanted <= max(covered, tables.capacity(row))
+            assert tables.extend(row, wanted) == possible
+            held[row] = (computed, wanted if possible else covered)
+        elif move == "commit" and row is not None:
+            held[row] = (held[row][1], held[row][1])
+            tables.drop_unread(row, held[row][0])
+        elif move == "release" and row is not None:
+            tables.release(row)
+            del held[row]
+        check_ownership(tables, held)
+
+
+@given(st.integers(1, 5), st.integers(1, 12), st.integers(1, 30))
+def test_pages_needed_is_what_growing_token_by_token_holds_at_most(page_size: int, window: int, length: int) -> None:
+    tables = BlockTables(LayoutSpec(page_size, (window,)), [40], 1, 40)
+    row, most = tables.acquire(), 0
+    for computed in range(length):
+        assert tables.extend(row, computed + 1)
+        most = max(most, np.count_nonzero(tables.tables))
+        tables.drop_unread(row, computed + 1)
+    bound = pages_needed(length, page_size, window)
+    assert most <= bound
+    assert most == bound or length < window + page_size, "the bound is exact once the window has passed a whole page"
+
+
+def test_extend_takes_nothing_where_one_group_lacks_pages() -> None:
+    tables = BlockTables(LayoutSpec(4, (None, None)), [9, 3], 2, 8)
+    row = tables.acquire()
+    assert not tables.extend(row, 12)
+    assert not tables.tables.any()
+    assert tables.capacity(row) == 8
+    assert tables.extend(row, 8)
+
+
+def test_a_group_without_pages_is_refused() -> None:
+    with pytest.raises(OptionError, match=r"num_pages is \(1,\) for 1 KV groups"):
+        BlockTables(LayoutSpec(4, (None,)), [1], 2, 8)
