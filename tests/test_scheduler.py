@@ -79,6 +79,7 @@ def test_every_request_ends_with_its_exact_token_count(
         batch = run_step(scheduler)
         assert oldest is None or oldest in dict(batch), "the oldest request did not move"
         assert sum(count for _, count in batch) <= scheduler.max_num_tokens
+        assert all(r.num_tokens - r.num_computed == 1 for r in scheduler.running[:-1]), "two prompts are half computed"
         assert [count for _, count in batch] == sorted((c for _, c in batch), key=lambda count: count > 1)
     assert all(request.status is Status.FINISHED for request in requests)
     for request in requests:

@@ -1,8 +1,11 @@
 """Which sequences take how many tokens in the next step.
 
-Continuous batching: running decodes first, then chunks of prompts, both in order of arrival, then new requests while
-pages, rows and the token budget last. The oldest running request takes at least one token in every step and is never
-preempted, and any request fits the pools alone, so every request ends.
+Continuous batching, in order of arrival: first the running requests, then new ones while pages, rows and the token
+budget last. A prompt is cut into chunks where it takes more than is left. As nothing starts behind such a cut, only the
+youngest running request can be in the middle of its prompt: the order of arrival is also decodes first.
+
+The oldest request takes at least one token in every step and is never preempted, and any request fits the pools alone,
+so every request ends.
 """
 
 from __future__ import annotations
@@ -60,9 +63,7 @@ class Scheduler:
         Gives rows and pages away, but counts no token as computed: `commit` does, once the step has returned.
         """
         counts: dict[Request, int] = {}
-        decodes = [request for request in self.running if _num_left(request) == 1]
-        prefills = [request for request in self.running if _num_left(request) > 1]
-        for request in decodes + prefills:
+        for request in tuple(self.running):
             if request.status is Status.RUNNING:
                 self._grow(request, counts)
         while self.waiting and self._budget(counts) > 0 and self.tables.fits_now(self.waiting[0].num_tokens):
@@ -113,7 +114,7 @@ class Scheduler:
             elif youngest is request:
                 return
             else:
-                counts.pop(youngest, None)
+                assert youngest not in counts, "older requests are scheduled first"
                 self._preempt(youngest)
         if wanted > 0:
             counts[request] = wanted
