@@ -1,0 +1,241 @@
+"""Every backend of every kind, against the canonical op run on each whole sequence by itself."""
+
+from __future__ import annotations
+
+import random
+from dataclasses import dataclass, replace
+
+import pytest
+import torch
+from ragged import Batch, Row, make_batch
+from torch import Tensor
+
+from autodeploy.ops import attention, causal_conv1d
+from autodeploy.ops.registry import backends
+from autodeploy.ops.spec import Backend, Site
+
+NAN = float("nan")
+CPU = torch.device("cpu")
+BATCHES = {
+    "decode": [(1, 9), (1, 3), (1, 30), (1, 16)],
+    "prefill": [(7, 0), (1, 0), (16, 0)],
+    "chunk": [(5, 8), (11, 3), (2, 17)],
+    "mixed": [(1, 12), (6, 0), (1, 5), (1, 6), (9, 10), (0, 7), (1, 20)],
+}
+ATTENTION_SITES = {
+    "gqa": {},
+    "mha": {"num_kv_heads": 6},
+    "mqa_value_dim": {"num_kv_heads": 1, "value_dim": 8},
+    "window": {"window": 5},
+    "window_page": {"window": 8, "num_kv_heads": 3},
+    "softcap": {"softcap": 1.5},
+    "sinks": {"has_sinks": True},
+    "all": {"window": 6, "softcap": 2.0, "has_sinks": True, "value_dim": 24},
+    "bfloat16": {"dtype": torch.bfloat16},
+    "bfloat16_all": {"dtype": torch.bfloat16, "window": 6, "softcap": 2.0, "has_sinks": True},
+    "float64": {"dtype": torch.float64},
+}
+CONV_SITES = {
+    "plain": {},
+    "bias_silu": {"has_bias": True, "activation": "silu"},
+    "two_taps": {"kernel_size": 2},
+    "bfloat16": {"dtype": torch.bfloat16, "has_bias": True},
+}
+
+
+def attention_site(dtype: torch.dtype = torch.float32, window: int | None = None, **params: object) -> Site:
+    defaults = {"num_heads": 6, "num_kv_heads": 2, "head_dim": 16, "value_dim": 16, "scale": 0.3, "causal": True}
+    defaults |= {"softcap": None, "has_sinks": False, "has_bias": False}
+    return Site("attention", "layer", "any", dtype, CPU, window, params=defaults | params)
+
+
+def conv_site(dtype: torch.dtype = torch.float32, **params: object) -> Site:
+    defaults = {"channels": 10, "kernel_size": 4, "has_bias": False, "activation": None}
+    return Site("causal_conv1d", "layer", "conv", dtype, CPU, params=defaults | params)
+
+
+SITES = {f"attention-{name}": attention_site(**options) for name, options in ATTENTION_SITES.items()}
+SITES |= {f"causal_conv1d-{name}": conv_site(**options) for name, options in CONV_SITES.items()}
+
+
+CASES = [
+    pytest.param(backend, site, id=f"{backend.name}-{name}")
+    for backend in backends()
+    for name, site in SITES.items()
+    if site.kind == backend.kind and backend.why_not(site) is None
+]
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """Per sequence, the token-wise tensors of its whole length, tokens next to last; and what is shared by all."""
+
+    per_token: list[tuple[Tensor, ...]]
+    shared: tuple[Tensor | None, ...]
+
+
+def make_inputs(site: Site, batch: Batch) -> Inputs:
+    p, dtype = site.params, site.dtype
+    if site.kind == "attention":
+        sizes = [
+            (p["num_heads"], p["head_dim"]),
+            (p["num_kv_heads"], p["head_dim"]),
+            (p["num_kv_heads"], p["value_dim"]),
+        ]
+        shared = (torch.randn(p["num_heads"], dtype=dtype) if p["has_sinks"] else None, None)
+        shapes = [[(1, heads, row.seq_len, size) for heads, size in sizes] for row in batch.rows]
+    else:
+        bias = torch.randn(p["channels"], dtype=dtype) if p["has_bias"] else None
+        shared = (torch.randn(p["channels"], p["kernel_size"], dtype=dtype), bias)
+        shapes = [[(1, p["channels"], row.seq_len)] for row in batch.rows]
+    return Inputs([tuple(torch.randn(shape, dtype=dtype) for shape in row) for row in shapes], shared)
+
+
+def pack(site: Site, batch: Batch, inputs: Inputs) -> tuple[Tensor | None, ...]:
+    """The step's new tokens of all sequences in one stream, with noise for padding."""
+    packed = []
+    for tensors in zip(*inputs.per_token, strict=True):
+        parts = [t.narrow(2, row.context_len, row.query_len) for t, row in zip(tensors, batch.rows, strict=True)]
+        shape = list(tensors[0].shape)
+        shape[2] = batch.num_tokens - batch.total
+        packed.append(torch.cat([*parts, torch.randn(shape, dtype=site.dtype)], dim=2))
+    return (*packed, *inputs.shared)
+
+
+def canonical(site: Site, tensors: tuple[Tensor, ...], shared: tuple[Tensor | None, ...]) -> Tensor:
+    """The canonical op on one whole sequence, tokens first."""
+    p = site.params
+    if site.kind == "attention":
+        out = attention.attention(*tensors, *shared, scale=p["scale"], window=site.window, softcap=p["softcap"])
+        return out[0]
+    return causal_conv1d.causal_conv1d(*tensors, *shared, activation=p["activation"])[0].T
+
+
+def make_caches(backend: Backend, site: Site, batch: Batch) -> tuple[Tensor, ...]:
+    """Caches in which every slot is NaN."""
+    slots = len(batch.rows) + 2
+    sizes = {"paged": (batch.num_pages, batch.page_size), "state": (slots,)}
+    return tuple(torch.full((*sizes[spec.kind], *spec.shape), NAN, dtype=spec.dtype) for spec in backend.caches(site))
+
+
+def step(backend: Backend, site: Site, batch: Batch, inputs: Inputs, caches: tuple[Tensor, ...]) -> Tensor:
+    """One call of the backend on the batch: its result with tokens first, [T, ...]."""
+    metadata = backend.metadata(batch.layout(), batch.num_tokens, site)
+    out = backend.call(pack(site, batch, inputs), caches, metadata, site)[0]
+    return out if site.kind == "attention" else out.T
+
+
+def context_batch(batch: Batch) -> Batch:
+    """The step that fills the caches with everything before `batch`."""
+    rows = tuple(replace(row, query_len=row.context_len, context_len=0) for row in batch.rows)
+    return replace(batch, rows=rows, num_tokens=max(1, sum(row.query_len for row in rows)))
+
+
+def drop_pages_behind_window(batch: Batch, window: int | None) -> Batch:
+    """Free the pages that no new token sees, as the engine does: their table entries become the scratch page."""
+    if window is None:
+        return batch
+
+    def drop(row: Row) -> Row:
+        dropped = max(0, row.context_len + 1 - window) // batch.page_size
+        return replace(row, tables=tuple((0,) * dropped + table[dropped:] for table in row.tables))
+
+    return replace(batch, rows=tuple(drop(row) for row in batch.rows))
+
+
+def poison_unowned(site: Site, batch: Batch, caches: tuple[Tensor, ...]) -> list[int]:
+    """Fill what no sequence owns (and states that nobody goes on from) with NaN; the indices of what is owned."""
+    if site.kind == "attention":
+        owned = {page for row in batch.rows for page in row.tables[site.group]} - {0}
+        live = owned
+    else:
+        owned = {row.state_slot for row in batch.rows} - {0}
+        live = {row.state_slot for row in batch.rows if row.context_len}
+    for cache in caches:
+        for index in set(range(len(cache))) - live:
+            cache[index] = NAN
+    return sorted(owned)
+
+
+def assert_written(site: Site, batch: Batch, before: Tensor, after: Tensor, owned: list[int]) -> None:
+    """Nothing changed outside of what is owned and the scratch place 0, and inside only the new tokens' slots."""
+    changed = (before != after) & ~(before.isnan() & after.isnan())
+    others = sorted(set(range(1, len(before))) - set(owned))
+    assert not changed[others].any()
+    assert not after[owned].isnan()[before[owned].isfinite()].any()
+    if site.kind == "attention":
+        assert int(changed[owned].sum()) == batch.total * before[0, 0].numel()
+
+
+@pytest.mark.parametrize("lengths", BATCHES.values(), ids=BATCHES)
+@pytest.mark.parametrize(("backend", "site"), CASES)
+def test_backend_is_the_canonical_op(backend: Backend, site: Site, lengths: list[tuple[int, int]]) -> None:
+    check(backend, site, make_batch(lengths, num_groups=2, padding_rows=2, padding_tokens=3, spare_pages=1))
+
+
+@pytest.mark.parametrize("seed", range(12))
+@pytest.mark.parametrize("backend", backends(), ids=lambda backend: f"{backend.name}-{backend.kind}")
+def test_backend_on_random_batches(backend: Backend, seed: int) -> None:
+    shuffled = random.Random(seed)
+    count = shuffled.randint(1, 6)
+    lengths = [
+        (shuffled.choice([0, 1, 1, 1, shuffled.randint(2, 30)]), shuffled.choice([0, shuffled.randint(1, 70)]))
+        for _ in range(count)
+    ]
+    site = shuffled.choice([site for site in SITES.values() if site.kind == backend.kind])
+    batch = make_batch(
+        lengths,
+        page_size=shuffled.choice([1, 4, 16]),
+        num_groups=shuffled.randint(1, 2),
+        padding_rows=shuffled.randint(0, 2),
+        padding_tokens=shuffled.randint(0, 3),
+        spare_pages=shuffled.randint(0, 3),
+        seed=seed,
+    )
+    check(backend, site, batch)
+
+
+def check(backend: Backend, site: Site, batch: Batch) -> None:
+    torch.manual_seed(0)
+    site = replace(site, page_size=batch.page_size, num_groups=batch.num_groups, group=batch.num_groups - 1)
+    inputs = make_inputs(site, batch)
+    caches = make_caches(backend, site, batch)
+    step(backend, site, context_batch(batch), inputs, caches)
+    batch = drop_pages_behind_window(batch, site.window)
+    owned = poison_unowned(site, batch, caches)
+    before = [cache.clone() for cache in caches]
+    out = step(backend, site, batch, inputs, caches)
+    atol, rtol = {"attention": attention, "causal_conv1d": causal_conv1d}[site.kind].TOLERANCES[site.dtype]
+    start = 0
+    for row, tensors in zip(batch.rows, inputs.per_token, strict=True):
+        got = out[start : start + row.query_len]
+        start += row.query_len
+        if row.query_len:
+            torch.testing.assert_close(
+                got, canonical(site, tensors, inputs.shared)[row.context_len :], atol=atol, rtol=rtol
+            )
+    assert not out.isnan().any()
+    for old, new in zip(before, caches, strict=True):
+        assert_written(site, batch, old, new, owned)
+
+
+COMPILED = ("attention-gqa", "attention-all", "causal_conv1d-bias_silu")
+
+
+@pytest.mark.parametrize(("backend", "site"), [case for case in CASES if str(case.id).endswith(COMPILED)])
+@pytest.mark.filterwarnings("ignore:`torch.jit.script_method`:DeprecationWarning")  # torch's own, on import
+def test_backend_compiles(backend: Backend, site: Site) -> None:
+    site = replace(site, page_size=4, num_groups=1)
+
+    def run(tensors: tuple[Tensor | None, ...], layout: Tensor, caches: tuple[Tensor, ...]) -> Tensor:
+        return backend.call(tensors, caches, backend.metadata(layout, tensors[0].shape[2], site), site)
+
+    compiled = torch.compile(run, fullgraph=True, dynamic=True)
+    for name in ("mixed", "chunk"):
+        batch = make_batch(BATCHES[name], padding_rows=1, padding_tokens=2)
+        tensors = pack(site, batch, make_inputs(site, batch))
+        caches, same = ([torch.ones_like(c) for c in make_caches(backend, site, batch)] for _ in range(2))
+        torch.testing.assert_close(
+            compiled(tensors, batch.layout(), tuple(caches)), run(tensors, batch.layout(), tuple(same))
+        )
+        torch.testing.assert_close(caches, same)
