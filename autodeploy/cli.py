@@ -96,7 +96,7 @@ def _add_apply(parser: argparse.ArgumentParser) -> None:
 
 
 def _generate(args: argparse.Namespace) -> None:
-    from autodeploy.backend import LLM
+    from autodeploy.llm import LLM
     from autodeploy.runtime.requests import SamplingParams
 
     params = SamplingParams(

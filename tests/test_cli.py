@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 
-from autodeploy import backend
+from autodeploy import llm as llm_module
 from autodeploy.cli import main, parse_backend
 from autodeploy.errors import OptionError
 from autodeploy.metadata.fields import catalogue
@@ -40,7 +40,7 @@ class FakeLLM:
 @pytest.fixture
 def llm(monkeypatch: pytest.MonkeyPatch) -> type[FakeLLM]:
     fake = type("Fake", (FakeLLM,), {"calls": []})
-    monkeypatch.setattr(backend, "LLM", fake, raising=False)
+    monkeypatch.setattr(llm_module, "LLM", fake)
     return fake
 
 

@@ -35,14 +35,15 @@ ALLOWED = {
     "trace": _CORE,
     "report": _CORE,
     "verify": _CORE,
-    "viz": _BASE | {"graph"},
     "runtime": _BASE | {"ops", "metadata"},
     "passes": _CORE,
     "lowering": _CORE | {"report"},
-    "backend": _CORE | {"kernels", "lowering", "models", "passes", "report", "runtime", "trace", "verify", "viz"},
+    "step_cache": _CORE | {"lowering"},
+    "backend": _CORE | {"passes", "report", "trace", "verify"},
+    "llm": _CORE | {"backend", "lowering", "models", "report", "runtime", "step_cache", "trace"},
     "doctor": _BASE | {"ops", "metadata", "passes"},
-    "cli": _BASE | {"backend", "doctor", "models", "runtime", "trace", "viz"},
-    "__init__": _CORE | {"backend", "runtime", "trace", "viz"},
+    "cli": _BASE | {"backend", "doctor", "llm", "models", "runtime", "trace"},
+    "__init__": _CORE | {"backend", "llm", "runtime", "trace"},
 }
 # Imports by name at run time. The registry is the one place below the kernels that loads them, when first asked.
 ALLOWED_BY_NAME = {("ops", "kernels")}
