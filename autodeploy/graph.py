@@ -16,7 +16,8 @@ SITE = "autodeploy_site"  # meta of cached attention nodes: the Site they came f
 _NEAR_MISSES = "autodeploy_near_misses"
 
 _SYMBOLIC = frozenset(
-    getattr(operator, name) for name in ("add", "sub", "mul", "floordiv", "truediv", "mod", "neg", "eq", "ne", "lt", "le", "gt", "ge")
+    getattr(operator, name)
+    for name in ("add", "sub", "mul", "floordiv", "truediv", "mod", "neg", "eq", "ne", "lt", "le", "gt", "ge")
 ) | {torch.sym_max, torch.sym_min, torch.sym_int, torch.sym_float, torch.sym_not, torch.sym_ite}
 _SIZES = (torch.ops.aten.sym_size.int, torch.ops.aten.sym_numel.default)
 
@@ -74,7 +75,9 @@ def record(before: fx.Node, function: Callable[..., Any], *args: Any) -> Any:
     tracer = GraphAppendingTracer(graph)
     previous = before.prev
     with graph.inserting_before(before):
-        result = function(*fx.node.map_aggregate(args, lambda arg: Proxy(arg, tracer) if isinstance(arg, fx.Node) else arg))
+        result = function(
+            *fx.node.map_aggregate(args, lambda arg: Proxy(arg, tracer) if isinstance(arg, fx.Node) else arg)
+        )
     node = previous.next
     while node is not before:
         node.meta = {key: before.meta[key] for key in ("nn_module_stack", "stack_trace") if key in before.meta}
@@ -100,7 +103,9 @@ def is_scalar(node: fx.Node) -> bool:
     """Whether `node` is a size or arithmetic on sizes: compile-time work, never a kernel."""
     if is_size(node):
         return True
-    return node.op == "call_function" and node.target in _SYMBOLIC and all(is_scalar(arg) for arg in node.all_input_nodes)
+    return (
+        node.op == "call_function" and node.target in _SYMBOLIC and all(is_scalar(arg) for arg in node.all_input_nodes)
+    )
 
 
 def is_pure(node: fx.Node) -> bool:
@@ -152,7 +157,9 @@ def _written_args(node: fx.Node) -> list[fx.Node]:
     if not schema.is_mutable:
         return []
     named = dict(zip((arg.name for arg in schema.arguments), node.args, strict=False)) | node.kwargs
-    written = [named.get(arg.name) for arg in schema.arguments if arg.alias_info is not None and arg.alias_info.is_write]
+    written = [
+        named.get(arg.name) for arg in schema.arguments if arg.alias_info is not None and arg.alias_info.is_write
+    ]
     return [value for value in written if isinstance(value, fx.Node)]
 
 

@@ -20,7 +20,7 @@ from torch._inductor import CompiledArtifact, standalone_compile
 from torch._subclasses import FakeTensorMode
 from torch.fx.experimental.symbolic_shapes import DimDynamic, ShapeEnv, StatelessSymbolicContext
 
-from autodeploy.graph import PREPARE, ROLE, copy_module, get_attribute, placeholders, prepare_nodes
+from autodeploy.graph import PREPARE, copy_module, get_attribute, placeholders, prepare_nodes
 from autodeploy.metadata.layout import LayoutSpec
 from autodeploy.ops.spec import CacheSpec
 from autodeploy.report import Report
@@ -46,7 +46,9 @@ class Lowered:
 
     def bind(self, model: nn.Module) -> Callable[..., Tensor]:
         """The step over `model`'s weights. Raises AttributeError where it lacks one."""
-        weights = [self.constants[name] if name in self.constants else get_attribute(model, name) for name in self.attributes]
+        weights = [
+            self.constants[name] if name in self.constants else get_attribute(model, name) for name in self.attributes
+        ]
         weights = [weight.detach() for weight in weights]
         artifact = self.artifact
 
@@ -62,7 +64,9 @@ class Lowered:
         meta = {
             "attributes": self.attributes,
             "layout_spec": asdict(self.layout_spec),
-            "cache_specs": [{**asdict(spec), "dtype": str(spec.dtype).removeprefix("torch.")} for spec in self.cache_specs],
+            "cache_specs": [
+                {**asdict(spec), "dtype": str(spec.dtype).removeprefix("torch.")} for spec in self.cache_specs
+            ],
             "report": self.report.to_json(),
         }
         (folder / "step.json").write_text(json.dumps(meta, indent=1))
@@ -99,14 +103,15 @@ def lower(
         fakes += [_fake(fake_mode, tensor, dims) for tensor, dims in example_inputs]
         artifact = standalone_compile(lifted, fakes, dynamic_shapes="from_tracing_context", options={})
     own = dict(model.named_parameters(remove_duplicate=False)) | dict(model.named_buffers(remove_duplicate=False))
-    constants = {name: tensor.detach() for name, tensor in attributes.items() if own.get(name) is not tensor}
+    constants = {name: tensor.detach() for name, tensor in attributes.items() if not _is_same(own.get(name), tensor)}
     return Lowered(artifact, tuple(attributes), constants, layout_spec, tuple(cache_specs), report)
 
 
 def lift_attributes(gm: fx.GraphModule) -> tuple[fx.GraphModule, dict[str, Tensor]]:
     """Turn every tensor attribute of `gm`, and of its prepare_metadata, into an input in front of the others.
 
-    Changes `gm` and returns it with the attributes by name, in input order; its output becomes a tuple.
+    Returns the new module, which holds no tensors and outputs a tuple, and the attributes by name in input order.
+    The graph of `gm` is used up.
     """
     attributes: dict[str, Tensor] = {}
     for call in prepare_nodes(gm):
@@ -123,8 +128,15 @@ def lift_attributes(gm: fx.GraphModule) -> tuple[fx.GraphModule, dict[str, Tenso
         gm.graph.erase_node(node)
     output = gm.graph.output_node()
     output.args = ((output.args[0],),)
-    gm.recompile()
-    return gm, attributes
+    return _bare(gm), attributes
+
+
+def _bare(gm: fx.GraphModule) -> fx.GraphModule:
+    """The same graph without the weights, which AOTAutograd would lift a second time."""
+    root = nn.Module()
+    if prepare_nodes(gm):
+        root.add_module(PREPARE, fx.GraphModule(nn.Module(), getattr(gm, PREPARE).graph))
+    return fx.GraphModule(root, gm.graph)
 
 
 def _lift_prepare(gm: fx.GraphModule, call: fx.Node) -> None:
@@ -139,7 +151,6 @@ def _lift_prepare(gm: fx.GraphModule, call: fx.Node) -> None:
         call.args = (*call.args, outer)
         node.replace_all_uses_with(lifted)
         inner.graph.erase_node(node)
-    inner.recompile()
 
 
 def _example_inputs(
@@ -160,3 +171,8 @@ def _example_inputs(
 def _fake(mode: FakeTensorMode, tensor: Tensor, dynamic_dims: tuple[int, ...]) -> Tensor:
     sizes = [DimDynamic.DYNAMIC if dim in dynamic_dims else DimDynamic.STATIC for dim in range(tensor.dim())]
     return mode.from_tensor(tensor, symbolic_context=StatelessSymbolicContext(dynamic_sizes=sizes))
+
+
+def _is_same(own: Tensor | None, tensor: Tensor) -> bool:
+    """Whether the graph's tensor is the model's own, so that the model has it in the next process as well."""
+    return own is not None and own.data_ptr() == tensor.data_ptr() and own.shape == tensor.shape

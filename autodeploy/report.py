@@ -66,7 +66,7 @@ class Report:
 def _ledger(records: Sequence[PassRecord], gm: fx.GraphModule) -> Ledger:
     """Metadata is at its naive worst right before it is shared, and at its fewest nodes right after."""
     counts = [(record.metadata_nodes, record.metadata_ops) for record in records] or [(0, 0)]
-    worst = counts.index(max(counts[:_first_shared(records)]))
+    worst = counts.index(max(counts[: _first_shared(records)]))
     nodes_shared = min(nodes for nodes, _ in counts[worst:])
     return Ledger(
         attention_nodes=len({node.meta[SITE].path for node in gm.graph.nodes if SITE in node.meta}),
@@ -90,7 +90,9 @@ def _pass_table(report: Report) -> list[str]:
         rows.append(("(trace)", "", "", "", f"{report.trace_seconds * 1e3:.0f}"))
     for record in report.passes:
         nodes = f"{record.nodes_before} -> {record.nodes_after}"
-        rows.append((record.name, str(record.matches), nodes, str(record.metadata_nodes), f"{record.seconds * 1e3:.1f}"))
+        rows.append(
+            (record.name, str(record.matches), nodes, str(record.metadata_nodes), f"{record.seconds * 1e3:.1f}")
+        )
     share = f" ({report.seconds / report.trace_seconds:.1%} of tracing)" if report.trace_seconds else ""
     rows.append(("all passes", "", "", "", f"{report.seconds * 1e3:.1f}{share}"))
     lines = align(rows)
@@ -113,6 +115,9 @@ def align(rows: Sequence[Sequence[str]]) -> list[str]:
     """Rows of cells as lines: the first column left, the others right."""
     widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
     return [
-        "  ".join(cell.ljust(width) if column == 0 else cell.rjust(width) for column, (cell, width) in enumerate(zip(row, widths, strict=True))).rstrip()
+        "  ".join(
+            cell.ljust(width) if column == 0 else cell.rjust(width)
+            for column, (cell, width) in enumerate(zip(row, widths, strict=True))
+        ).rstrip()
         for row in rows
     ]

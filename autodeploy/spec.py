@@ -8,9 +8,9 @@ from autodeploy.errors import InvariantError, node_location
 from autodeploy.graph import (
     PREPARE,
     SITE,
+    is_scalar,
     layout_only,
     metadata_nodes,
-    is_scalar,
     prepare_nodes,
 )
 
@@ -71,4 +71,6 @@ def check_reads_come_from_prepare(gm: fx.GraphModule, prepare: fx.Node) -> None:
             continue
         for arg in node.all_input_nodes:
             if arg in known and arg.op == "call_function" and not is_scalar(arg) and arg.all_input_nodes != [prepare]:
-                raise InvariantError(f"attention reads {arg.name}, which is not an output of {PREPARE}", where=node_location(node))
+                raise InvariantError(
+                    f"attention reads {arg.name}, which is not an output of {PREPARE}", where=node_location(node)
+                )

@@ -17,7 +17,14 @@ from autodeploy.metadata import fields
 
 _aten = torch.ops.aten
 # Ops that treat each row of their first argument [1, T, ...] alone, whatever their other (non-tensor) arguments.
-_UNARY_ROWWISE = (_aten.to.dtype, _aten.tanh.default, _aten.neg.default, _aten.mul.Tensor, _aten.div.Tensor, _aten.add.Tensor)
+_UNARY_ROWWISE = (
+    _aten.to.dtype,
+    _aten.tanh.default,
+    _aten.neg.default,
+    _aten.mul.Tensor,
+    _aten.div.Tensor,
+    _aten.add.Tensor,
+)
 _SELECT = _aten.index_select.default
 
 
@@ -52,9 +59,7 @@ def _select(hidden: Tensor, layout: Tensor) -> Tensor:
 
 def _treats_rows_alone(node: fx.Node) -> bool:
     """Whether row t of `node` depends on row t of its only row-carrying input, and nobody else reads that input."""
-    if node.target is _aten.linear.default:
-        source = node.args[0]
-    elif node.target in _UNARY_ROWWISE and len(node.all_input_nodes) == 1:
+    if node.target is _aten.linear.default or (node.target in _UNARY_ROWWISE and len(node.all_input_nodes) == 1):
         source = node.args[0]
     else:
         return False

@@ -85,7 +85,9 @@ def _keeps_state(plan: tuple[fx.Node, Site, Backend]) -> bool:
     return any(cache.kind == "state" for cache in backend.caches(site))
 
 
-def _rewrite(gm: fx.GraphModule, node: fx.Node, layout: fx.Node, site: Site, backend: Backend, index: int) -> list[CacheSpec]:
+def _rewrite(
+    gm: fx.GraphModule, node: fx.Node, layout: fx.Node, site: Site, backend: Backend, index: int
+) -> list[CacheSpec]:
     specs = [replace(cache, name=f"{cache.name}_{index}", group=site.group) for cache in backend.caches(site)]
     caches = tuple(add_placeholder(gm, spec.name, "cache") for spec in specs)
     num_tokens = record(node, torch.ops.aten.sym_size.int, placeholder(gm, "tokens"), 0)

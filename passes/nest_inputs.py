@@ -41,7 +41,8 @@ class NestInputs:
         unknown = [node for name, node in old.items() if name not in _KNOWN_INPUTS and node.users]
         if unknown:
             raise UnsupportedFeature(
-                f"a graph input {unknown[0].name!r} that cannot be packed", where=node_location(unknown[0]),
+                f"a graph input {unknown[0].name!r} that cannot be packed",
+                where=node_location(unknown[0]),
                 fix=f"trace with {' and '.join(_KNOWN_INPUTS)} only",
             )
         _rewrite(gm, old)
@@ -80,5 +81,7 @@ def _replace_sizes(node: fx.Node, num_tokens: fx.Node) -> None:
         value = 1 if size.args[1] == 0 else num_tokens
         for user in list(size.users):
             user.args = fx.node.map_arg(user.args, lambda arg, size=size, value=value: value if arg is size else arg)
-            user.kwargs = fx.node.map_arg(user.kwargs, lambda arg, size=size, value=value: value if arg is size else arg)
+            user.kwargs = fx.node.map_arg(
+                user.kwargs, lambda arg, size=size, value=value: value if arg is size else arg
+            )
         size.graph.erase_node(size)

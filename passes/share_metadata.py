@@ -62,7 +62,9 @@ def _region(gm: fx.GraphModule) -> list[fx.Node]:
     wanted = set(metadata_nodes(gm))
     for node in reversed(gm.graph.nodes):
         if node in wanted:
-            wanted |= {arg for arg in node.all_input_nodes if arg in known and arg.op != "placeholder" and not is_scalar(arg)}
+            wanted |= {
+                arg for arg in node.all_input_nodes if arg in known and arg.op != "placeholder" and not is_scalar(arg)
+            }
     return [node for node in gm.graph.nodes if node in wanted]
 
 

@@ -49,7 +49,9 @@ class Field:
     device: str = "device"
 
 
-def field(*, shape: str, depends: str = "", padding: str = "", device: str = "device") -> Callable[..., Callable[..., Tensor]]:
+def field(
+    *, shape: str, depends: str = "", padding: str = "", device: str = "device"
+) -> Callable[..., Callable[..., Tensor]]:
     """Register a formula as a field and return the op that computes it.
 
     The formula takes `layout` [S, C] int32 first, then `num_tokens` where it makes something per token, then int

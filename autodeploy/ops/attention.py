@@ -40,7 +40,11 @@ def attention(
     the last sequence are padding and see only themselves.
     """
     mask_QS = _mask(query.shape[2], causal, window, cu_seqlens, query.device)
-    return attend(query, key, value, mask_QS, scale=scale, softcap=softcap, sinks=sinks, bias=bias).transpose(1, 2).contiguous()
+    return (
+        attend(query, key, value, mask_QS, scale=scale, softcap=softcap, sinks=sinks, bias=bias)
+        .transpose(1, 2)
+        .contiguous()
+    )
 
 
 @attention.register_fake
@@ -107,7 +111,9 @@ def _mask(
 def _tensors(node: fx.Node) -> tuple[object, ...]:
     """query, key, value, sinks, bias of an attention node."""
     padded = (*node.args, None, None)[:5]
-    return tuple(node.kwargs.get(name, arg) for name, arg in zip(("query", "key", "value", "sinks", "bias"), padded, strict=True))
+    return tuple(
+        node.kwargs.get(name, arg) for name, arg in zip(("query", "key", "value", "sinks", "bias"), padded, strict=True)
+    )
 
 
 def _describe(node: fx.Node) -> Site:

@@ -37,7 +37,7 @@ def causal_conv1d(
         windows_BCSK = F.pad(hidden, (num_taps - 1, 0)).unfold(-1, num_taps, 1)
     else:
         windows_BCSK = _ragged_windows(hidden, num_taps, cu_seqlens)
-    return convolve(windows_BCSK, weight, bias, activation).to(hidden.dtype)
+    return convolve(windows_BCSK, weight, bias, activation).to(hidden.dtype).contiguous()
 
 
 @causal_conv1d.register_fake
