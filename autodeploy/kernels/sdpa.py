@@ -10,7 +10,7 @@ D key size, E value size, p page size, L gathered positions, Q query rows of one
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -24,11 +24,25 @@ from autodeploy.ops.spec import Backend, CacheSpec, Site
 # Gathered keys and values of one round of decoding: what stays in a core's cache between the copy and its use.
 _GATHER_BYTES = 2 << 20
 
+
+class Scoring(NamedTuple):
+    """What a layer does to its scores beyond masking; `sinks` is [H]."""
+
+    scale: float
+    softcap: float | None
+    sinks: Tensor | None
+
+    @property
+    def is_plain(self) -> bool:
+        return self.softcap is None and self.sinks is None
+
+
+# Defined by hand: a call of a `torch.library.custom_op` that mutates costs some 70 us on a CPU, this one 6.
 _library = torch.library.Library("autodeploy", "FRAGMENT")
 _library.define(
     "sdpa_paged_attention(Tensor query, Tensor key, Tensor value, Tensor? sinks, Tensor(a!) key_cache,"
-    " Tensor(b!) value_cache, *, Tensor head_slots, Tensor block_table, Tensor seq_lens, Tensor cu_seqlens_q,"
-    " Tensor decode_pages, Tensor decode_mask, float scale, int? window=None, float? softcap=None) -> Tensor",
+    " Tensor(b!) value_cache, Tensor head_slots, Tensor block_table, Tensor seq_lens, Tensor cu_seqlens_q,"
+    " Tensor decode_pages, Tensor decode_mask, *, float scale, int? window=None, float? softcap=None) -> Tensor",
     tags=(torch.Tag.pt2_compliant_tag, torch.Tag.flexible_layout),
 )
 
@@ -41,13 +55,13 @@ def _paged_attention(
     sinks: Tensor | None,
     key_cache: Tensor,
     value_cache: Tensor,
-    *,
     head_slots: Tensor,
     block_table: Tensor,
     seq_lens: Tensor,
     cu_seqlens_q: Tensor,
     decode_pages: Tensor,
     decode_mask: Tensor,
+    *,
     scale: float,
     window: int | None = None,
     softcap: float | None = None,
@@ -57,32 +71,25 @@ def _paged_attention(
     query [1, H, T, D], key [1, K, T, D], value [1, K, T, E], sinks [H], caches [N, p, K, D or E] (each page used as
     [K, p, D or E]) -> [1, T, H, E], zeros for padding tokens. The int and bool tensors are fields.
     """
-    num_pages, page_size, num_heads, _ = key_cache.shape
-    caches = (
-        key_cache.view(num_pages * num_heads, page_size, -1),
-        value_cache.view(num_pages * num_heads, page_size, -1),
-    )
+    num_pages, page_size, num_kv_heads, _ = key_cache.shape
+    caches = tuple(cache.view(num_pages * num_kv_heads, page_size, -1) for cache in (key_cache, value_cache))
     for cache, new in zip(caches, (key, value), strict=True):
-        cache.flatten(0, 1)[head_slots] = new[0].transpose(0, 1)
+        cache.flatten(0, 1).index_put_((head_slots,), new[0].transpose(0, 1))
+    scoring = Scoring(scale, softcap, sinks)
     out_THE = query.new_zeros(query.shape[2], query.shape[1], value.shape[3])
     query_THD = query[0].transpose(0, 1)
     lens, starts = seq_lens.tolist(), cu_seqlens_q.tolist()
     page_bytes = (key_cache[0].numel() + value_cache[0].numel()) * key_cache.element_size()
     spans = [_pages_seen(seq_len, page_size, window) for seq_len in lens]
     for first, last in _runs(starts, spans, _GATHER_BYTES // page_bytes):
-        width = max(spans[first:last])
+        tokens, width = slice(starts[first], starts[last]), max(spans[first:last])
         index_CKP, mask_CL = decode_pages[first:last, :, :width], decode_mask[first:last, : width * page_size]
-        keys, values = (_gather(cache, index_CKP, mask_CL) for cache in caches)
-        tokens = slice(starts[first], starts[last])
-        out_CH1E = _attend(query_THD[tokens, :, None], keys, values, mask_CL[:, None], sinks, scale, softcap)
-        out_THE[tokens] = out_CH1E[:, :, 0]
+        out_THE[tokens] = _decode(query_THD[tokens], caches, index_CKP, mask_CL, scoring)
     for row, seq_len in enumerate(lens):
         tokens = slice(starts[row], starts[row + 1])
         if tokens.stop - tokens.start > 1:
-            query_1HQD = query[:, :, tokens]
-            out_THE[tokens] = _prefill(
-                query_1HQD, caches, block_table[row], seq_len, num_heads, sinks, scale, window, softcap
-            )
+            table_KP = block_table[row] * num_kv_heads + torch.arange(num_kv_heads, dtype=torch.int32)[:, None]
+            out_THE[tokens] = _prefill(query[:, :, tokens], caches, table_KP, seq_len, window, scoring)
     return out_THE[None]
 
 
@@ -112,71 +119,75 @@ def _runs(starts: list[int], spans: list[int], max_pages: int) -> Iterator[tuple
         yield first, len(spans)
 
 
-def _gather(cache: Tensor, index_CKP: Tensor, mask_CL: Tensor) -> Tensor:
-    """The pages at `index_CKP` as [C, K, L, D], zeros where `mask_CL` is False: what is there may be NaN."""
-    pages = cache.index_select(0, index_CKP.flatten())
-    gathered_CKLD = pages.view(*index_CKP.shape[:2], -1, cache.shape[-1])
+def _decode(
+    query_CHD: Tensor, caches: tuple[Tensor, ...], index_CKP: Tensor, mask_CL: Tensor, scoring: Scoring
+) -> Tensor:
+    """Attention of one token of each of C sequences to the positions of its gathered pages in `mask_CL`: [C, H, E]."""
+    keys_CKLD, values_CKLE = (_gather(cache, index_CKP) for cache in caches)
+    # What no sequence owns may be NaN, which even a weight of zero lets through.
     row, position = torch.logical_not(mask_CL).nonzero(as_tuple=True)
-    gathered_CKLD[row, :, position] = 0
-    return gathered_CKLD
+    for gathered in (keys_CKLD, values_CKLE):
+        gathered[row, :, position] = 0
+    mask_CKQL = mask_CL[:, None, None]
+    if not scoring.is_plain:
+        return _attend(query_CHD[:, :, None], keys_CKLD, values_CKLE, mask_CKQL, scoring)[:, :, 0]
+    # The query heads of a group become query rows, so that its keys are read once.
+    query_CKGD = query_CHD.unflatten(1, (index_CKP.shape[1], -1))
+    out_CKGE = F.scaled_dot_product_attention(query_CKGD, keys_CKLD, values_CKLE, mask_CKQL, scale=scoring.scale)
+    return out_CKGE.flatten(1, 2)
 
 
 def _prefill(
     query_1HQD: Tensor,
-    caches: tuple[Tensor, Tensor],
-    table_P: Tensor,
+    caches: tuple[Tensor, ...],
+    table_KP: Tensor,
     seq_len: int,
-    num_kv_heads: int,
-    sinks: Tensor | None,
-    scale: float,
     window: int | None,
-    softcap: float | None,
+    scoring: Scoring,
 ) -> Tensor:
     """Attention of one sequence's last Q tokens to exactly the positions they see: [Q, H, E]."""
-    num_queries, page_size = query_1HQD.shape[2], caches[0].shape[1]
-    context_len = seq_len - num_queries
+    page_size = caches[0].shape[1]
+    context_len = seq_len - query_1HQD.shape[2]
     begin = 0 if window is None else max(0, context_len + 1 - window)
-    first_page = begin // page_size
-    pages_P = table_P[first_page : (seq_len - 1) // page_size + 1]
-    index_KP = pages_P * num_kv_heads + torch.arange(num_kv_heads, dtype=torch.int32)[:, None]
+    first_page, end_page = begin // page_size, (seq_len - 1) // page_size + 1
     seen = slice(begin - first_page * page_size, seq_len - first_page * page_size)
-    keys, values = (
-        cache.index_select(0, index_KP.flatten()).view(1, num_kv_heads, -1, cache.shape[-1])[:, :, seen]
-        for cache in caches
-    )
+    keys, values = (_gather(cache, table_KP[None, :, first_page:end_page])[:, :, seen] for cache in caches)
+    if scoring.is_plain and context_len == 0 and seq_len <= (window or NO_WINDOW):
+        out_1HQE = F.scaled_dot_product_attention(
+            query_1HQD, keys, values, is_causal=True, scale=scoring.scale, enable_gqa=True
+        )
+        return out_1HQE[0].transpose(0, 1)
     distance_QL = torch.arange(context_len, seq_len)[:, None] - torch.arange(begin, seq_len)
     mask_QL = (distance_QL >= 0) & (distance_QL < (window or NO_WINDOW))
-    return _attend(query_1HQD, keys, values, mask_QL[None], sinks, scale, softcap)[0].transpose(0, 1)
+    return _attend(query_1HQD, keys, values, mask_QL, scoring)[0].transpose(0, 1)
 
 
-def _attend(
-    query_BHQD: Tensor,
-    keys_BKLD: Tensor,
-    values_BKLE: Tensor,
-    mask_BQL: Tensor,
-    sinks_H: Tensor | None,
-    scale: float,
-    softcap: float | None,
-) -> Tensor:
-    """Attention of grouped heads without repeating keys; `mask_BQL` is True where a position is seen: [B, H, Q, E]."""
-    num_groups = keys_BKLD.shape[1]
-    num_queries = query_BHQD.shape[2]
-    query_BKRD = query_BHQD.unflatten(1, (num_groups, -1)).flatten(2, 3)
-    if softcap is None and sinks_H is None:
-        mask = mask_BQL if num_queries == 1 else mask_BQL.repeat(1, query_BKRD.shape[2] // num_queries, 1)
-        out_BKRE = F.scaled_dot_product_attention(query_BKRD, keys_BKLD, values_BKLE, mask[:, None], scale=scale)
-        return out_BKRE.unflatten(2, (-1, num_queries)).flatten(1, 2)
-    scores_BKRL = torch.matmul(query_BKRD, keys_BKLD.transpose(2, 3)).float() * scale
-    scores_BHQL = scores_BKRL.unflatten(2, (-1, num_queries)).flatten(1, 2)
-    if softcap is not None:
-        scores_BHQL = torch.tanh(scores_BHQL / softcap) * softcap
-    scores_BHQL = scores_BHQL.masked_fill(~mask_BQL[:, None], -torch.inf)
-    if sinks_H is not None:
-        sinks_BHQ1 = sinks_H.float().view(1, -1, 1, 1).expand(*scores_BHQL.shape[:3], 1)
+def _gather(cache: Tensor, index_CKP: Tensor) -> Tensor:
+    """The pages at `index_CKP` of a cache [N * K, p, D] as [C, K, L, D]."""
+    return cache.index_select(0, index_CKP.flatten()).view(*index_CKP.shape[:2], -1, cache.shape[-1])
+
+
+def _attend(query_BHQD: Tensor, keys_BKLD: Tensor, values_BKLE: Tensor, mask: Tensor, scoring: Scoring) -> Tensor:
+    """Attention where `mask`, broadcastable to [B, H, Q, L], is True: [B, H, Q, E]."""
+    if scoring.is_plain:
+        return F.scaled_dot_product_attention(
+            query_BHQD, keys_BKLD, values_BKLE, mask, scale=scoring.scale, enable_gqa=True
+        )
+    # The fused kernel knows neither soft caps nor sinks.
+    shape_BHQ = query_BHQD.shape[:3]
+    query_BKRD = query_BHQD.reshape(keys_BKLD.shape[0], keys_BKLD.shape[1], -1, keys_BKLD.shape[3])
+    scores_BKRL = torch.matmul(query_BKRD, keys_BKLD.transpose(2, 3))
+    precise = torch.promote_types(scores_BKRL.dtype, torch.float32)
+    scores_BHQL = scores_BKRL.to(precise).view(*shape_BHQ, -1) * scoring.scale
+    if scoring.softcap is not None:
+        scores_BHQL = torch.tanh(scores_BHQL / scoring.softcap) * scoring.softcap
+    scores_BHQL = scores_BHQL.masked_fill(~mask, -torch.inf)
+    if scoring.sinks is not None:
+        sinks_BHQ1 = scoring.sinks.to(precise).view(1, -1, 1, 1).expand(*shape_BHQ, 1)
         scores_BHQL = torch.cat([scores_BHQL, sinks_BHQ1], dim=-1)
     weights_BHQL = torch.softmax(scores_BHQL, dim=-1)[..., : keys_BKLD.shape[2]].to(values_BKLE.dtype)
-    weights_BKRL = weights_BHQL.unflatten(1, (num_groups, -1)).flatten(2, 3)
-    return torch.matmul(weights_BKRL, values_BKLE).unflatten(2, (-1, num_queries)).flatten(1, 2)
+    weights_BKRL = weights_BHQL.reshape(*query_BKRD.shape[:3], -1)
+    return torch.matmul(weights_BKRL, values_BKLE).view(*shape_BHQ, -1)
 
 
 class SdpaAttention(Backend):
