@@ -84,7 +84,7 @@ class InvariantError(PassError):
 
 
 def node_location(node: fx.Node) -> str:
-    """`node` as a reader can find it: name, owning module path, and the last line of the model's source it came from."""
+    """`node` as a reader finds it: name, owning module path, and the line of the model's source it came from."""
     parts = [f"node {node.name}"]
     if path := module_path(node):
         parts.append(f"module {path}")

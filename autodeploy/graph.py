@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Callable, Iterable, Sequence
+from functools import cache
 from typing import Any
 
 import torch
 from torch import fx
+from torch.fx.node import map_aggregate
 from torch.fx.proxy import GraphAppendingTracer, Proxy
 
 PREPARE = "prepare_metadata"
@@ -25,9 +27,7 @@ _SIZES = (torch.ops.aten.sym_size.int, torch.ops.aten.sym_numel.default)
 def copy_module(gm: fx.GraphModule) -> fx.GraphModule:
     """A graph of its own over the same parameters, buffers and submodules; node meta is copied one level deep."""
     graph = fx.Graph(tracer_cls=gm.graph._tracer_cls)
-    output = graph.graph_copy(gm.graph, {}, return_output_node=True)
-    assert isinstance(output, tuple)
-    graph.output(output[0]).meta.update(output[1].meta)
+    graph.output(graph.graph_copy(gm.graph, {}))
     copy = fx.GraphModule(gm, graph, class_name=gm.__class__.__name__)
     copy.meta.update(gm.meta)
     prepare = getattr(gm, PREPARE, None)
@@ -74,15 +74,20 @@ def record(before: fx.Node, function: Callable[..., Any], *args: Any) -> Any:
     graph = before.graph
     tracer = GraphAppendingTracer(graph)
     previous = before.prev
+
+    def to_proxy(arg: Any) -> Any:
+        return Proxy(arg, tracer) if isinstance(arg, fx.Node) else arg
+
+    def to_node(value: Any) -> Any:
+        return value.node if isinstance(value, Proxy) else value
+
     with graph.inserting_before(before):
-        result = function(
-            *fx.node.map_aggregate(args, lambda arg: Proxy(arg, tracer) if isinstance(arg, fx.Node) else arg)
-        )
+        result = function(*map_aggregate(args, to_proxy))
     node = previous.next
     while node is not before:
         node.meta = {key: before.meta[key] for key in ("nn_module_stack", "stack_trace") if key in before.meta}
         node = node.next
-    return fx.node.map_aggregate(result, lambda value: value.node if isinstance(value, Proxy) else value)
+    return map_aggregate(result, to_node)
 
 
 def is_size(node: fx.Node) -> bool:
@@ -114,7 +119,7 @@ def is_pure(node: fx.Node) -> bool:
         return True
     if node.op == "call_method":
         return _is_pure_packet(getattr(torch.ops.aten, str(node.target), None))
-    if node.op != "call_function" or node.is_impure():
+    if node.op != "call_function":
         return False
     target = node.target
     if target is getattr or target in _SYMBOLIC or target is operator.getitem:
@@ -125,10 +130,14 @@ def is_pure(node: fx.Node) -> bool:
     return _is_pure_packet(getattr(torch.ops.aten, getattr(target, "__name__", ""), None))
 
 
+@cache
 def _is_pure_overload(op: torch._ops.OpOverload) -> bool:
-    return not op._schema.is_mutable and torch.Tag.nondeterministic_seeded not in op.tags
+    """Whether `op` neither writes to its arguments, nor draws random numbers, nor has effects beside its result."""
+    # FX knows which ops have effects, but only of nodes.
+    return not fx.Graph().call_function(op).is_impure() and torch.Tag.nondeterministic_seeded not in op.tags
 
 
+@cache
 def _is_pure_packet(packet: torch._ops.OpOverloadPacket | None) -> bool:
     if packet is None:
         return False
@@ -151,16 +160,19 @@ def mutated(graph: fx.Graph) -> set[fx.Node]:
 
 
 def _written_args(node: fx.Node) -> list[fx.Node]:
-    if node.op != "call_function" or not isinstance(node.target, torch._ops.OpOverload):
+    if not isinstance(node.target, torch._ops.OpOverload) or not _is_mutable(node.target):
         return []
     schema = node.target._schema
-    if not schema.is_mutable:
-        return []
     named = dict(zip((arg.name for arg in schema.arguments), node.args, strict=False)) | node.kwargs
     written = [
         named.get(arg.name) for arg in schema.arguments if arg.alias_info is not None and arg.alias_info.is_write
     ]
     return [value for value in written if isinstance(value, fx.Node)]
+
+
+@cache
+def _is_mutable(op: torch._ops.OpOverload) -> bool:
+    return op._schema.is_mutable
 
 
 def _may_alias(node: fx.Node) -> bool:
@@ -193,12 +205,15 @@ def _is_layout_only(gm: fx.GraphModule, node: fx.Node, found: set[fx.Node]) -> b
         return source.op == "placeholder" or source in found
     if node.op == "call_module" and node.target == PREPARE:
         return True
-    return is_pure(node) and all(arg in found for arg in node.all_input_nodes)
+    return all(arg in found for arg in node.all_input_nodes) and is_pure(node)
 
 
-def metadata_nodes(gm: fx.GraphModule) -> list[fx.Node]:
-    """The layout-only tensor computations of `gm`'s own graph that read the layout, in order (the prepare call not counted)."""
-    found = layout_only(gm)
+def metadata_nodes(gm: fx.GraphModule, known: set[fx.Node] | None = None) -> list[fx.Node]:
+    """The tensor computations in `known`, by default `layout_only(gm)`, that read the layout or sizes, in graph order.
+
+    Neither the call of prepare_metadata nor the unpacking of its outputs counts.
+    """
+    found = layout_only(gm) if known is None else known
     reads: set[fx.Node] = set(placeholders(gm, "layout"))
     result = []
     for node in gm.graph.nodes:
@@ -227,13 +242,13 @@ def get_attribute(gm: torch.nn.Module, target: str) -> Any:
     return getattr(gm.get_submodule(".".join(path)), name)
 
 
-def merge_equal(graph: fx.Graph, candidates: Iterable[fx.Node]) -> int:
-    """Replace each of `candidates` (in graph order, pure) that repeats an earlier one; returns how many were.
+def merge_equal(graph: fx.Graph, candidates: Iterable[fx.Node]) -> set[fx.Node]:
+    """Replace each of `candidates` (in graph order, pure) that repeats an earlier one; returns those replaced.
 
     Two nodes are equal when op, target and arguments are, with arguments given by position or by name alike.
     """
     seen: dict[Any, fx.Node] = {}
-    merged = 0
+    merged: set[fx.Node] = set()
     for node in candidates:
         key = value_key(node)
         first = seen.setdefault(key, node)
@@ -241,7 +256,7 @@ def merge_equal(graph: fx.Graph, candidates: Iterable[fx.Node]) -> int:
             continue
         node.replace_all_uses_with(first)
         graph.erase_node(node)
-        merged += 1
+        merged.add(node)
     return merged
 
 

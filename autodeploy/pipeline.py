@@ -10,8 +10,8 @@ from typing import Protocol, runtime_checkable
 from torch import fx
 
 from autodeploy import spec
-from autodeploy.errors import AutodeployError, PassError, node_location
-from autodeploy.graph import PREPARE, metadata_nodes, prepare_nodes, take_near_misses
+from autodeploy.errors import AutodeployError, InvariantError, PassError, node_location
+from autodeploy.graph import PREPARE, layout_only, metadata_nodes, prepare_nodes, take_near_misses
 from autodeploy.metadata import fields
 
 
@@ -44,53 +44,64 @@ class NearMiss:
 
 
 @dataclass(frozen=True)
-class PassRecord:
-    """What one pass did.
+class Counts:
+    """A graph in numbers, prepare_metadata's own nodes included.
 
-    `metadata_nodes` counts the layout-only tensor nodes after it, inside prepare_metadata or not, and `metadata_ops`
-    the torch ops they come to once fields are written out as their formulas.
+    `metadata_nodes` are the layout-only tensor nodes, and `metadata_ops` the torch ops that they come to once fields
+    are written out as their formulas.
     """
+
+    nodes: int
+    metadata_nodes: int
+    metadata_ops: int
+    prepare_calls: int
+
+
+@dataclass(frozen=True)
+class PassRecord:
+    """What one pass did, in how many seconds."""
 
     name: str
     options: str
     matches: int
     near_misses: tuple[NearMiss, ...]
-    nodes_before: int
-    nodes_after: int
-    metadata_nodes: int
-    metadata_ops: int
-    prepare_calls: int
+    before: Counts
+    after: Counts
     seconds: float
 
 
 def run(gm: fx.GraphModule, passes: Sequence[Pass], observers: Iterable[Observer] = ()) -> list[PassRecord]:
     """Apply `passes` to `gm` in place, in order.
 
-    After each: dead code is dropped, the module recompiled, and the invariants of `autodeploy.spec` checked.
+    After each that matched, dead code is dropped and the invariants of `autodeploy.spec` are checked. The module's code
+    is generated once at the end, or after each pass where there are observers, who may run it.
     Raises PassError (or the pass's own typed error) naming the pass that failed.
     """
     observers = list(observers)
     records = []
+    counts = count(gm, layout_only(gm))
     for step in passes:
         for observer in observers:
             observer.before(step, gm)
-        record = _apply(gm, step)
+        record = _apply(gm, step, counts)
         records.append(record)
+        counts = record.after
+        if observers:
+            gm.recompile()
         for observer in observers:
             observer.after(step, gm, record)
+    gm.recompile()
     return records
 
 
-def _apply(gm: fx.GraphModule, step: Pass) -> PassRecord:
+def _apply(gm: fx.GraphModule, step: Pass, before: Counts) -> PassRecord:
     take_near_misses(gm)
-    nodes_before = count_nodes(gm)
+    after = before
     start = time.perf_counter()
     try:
         matches = step.apply(gm)
         if matches:
-            gm.graph.eliminate_dead_code()
-            gm.recompile()
-        spec.check(gm)
+            after = _tidy(gm)
     except AutodeployError as error:
         error.add_note(f"  pass:  {step.name}")
         raise
@@ -98,29 +109,28 @@ def _apply(gm: fx.GraphModule, step: Pass) -> PassRecord:
         raise PassError(f"pass {step.name!r} failed: {type(error).__name__}: {error}", where=repr(step)) from error
     seconds = time.perf_counter() - start
     misses = tuple(NearMiss(node_location(node), reason) for node, reason in take_near_misses(gm))
-    metadata = _metadata(gm)
-    return PassRecord(
-        name=step.name,
-        options=repr(step),
-        matches=matches,
-        near_misses=misses,
-        nodes_before=nodes_before,
-        nodes_after=count_nodes(gm),
+    return PassRecord(step.name, repr(step), matches, misses, before, after, seconds)
+
+
+def _tidy(gm: fx.GraphModule) -> Counts:
+    """Drop dead code and check the invariants."""
+    try:
+        gm.graph.eliminate_dead_code()  # checks that the graph is well formed first
+    except RuntimeError as error:
+        raise InvariantError(f"the graph is not valid: {error}") from error
+    known = layout_only(gm)
+    spec.check(gm, known)
+    return count(gm, known)
+
+
+def count(gm: fx.GraphModule, known: set[fx.Node]) -> Counts:
+    """The numbers of `gm`, where `known` is `graph.layout_only(gm)`."""
+    prepare = getattr(gm, PREPARE, None)
+    inner = prepare if isinstance(prepare, fx.GraphModule) else None
+    metadata = metadata_nodes(gm, known) + (metadata_nodes(inner) if inner else [])
+    return Counts(
+        nodes=len(gm.graph.nodes) + (len(inner.graph.nodes) if inner else 0),
         metadata_nodes=len(metadata),
         metadata_ops=sum(fields.num_ops(node.target) for node in metadata),
         prepare_calls=len(prepare_nodes(gm)),
-        seconds=seconds,
     )
-
-
-def count_nodes(gm: fx.GraphModule) -> int:
-    """Nodes of `gm` and of its prepare_metadata."""
-    prepare = getattr(gm, PREPARE, None)
-    return len(gm.graph.nodes) + (len(prepare.graph.nodes) if isinstance(prepare, fx.GraphModule) else 0)
-
-
-def _metadata(gm: fx.GraphModule) -> list[fx.Node]:
-    """Layout-only tensor nodes, wherever they stand."""
-    prepare = getattr(gm, PREPARE, None)
-    inside = metadata_nodes(prepare) if isinstance(prepare, fx.GraphModule) else []
-    return inside + metadata_nodes(gm)

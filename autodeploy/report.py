@@ -8,8 +8,8 @@ from typing import Any
 
 from torch import fx
 
-from autodeploy.graph import SITE, prepare_nodes
-from autodeploy.pipeline import NearMiss, PassRecord
+from autodeploy.graph import SITE
+from autodeploy.pipeline import Counts, NearMiss, PassRecord
 
 
 @dataclass(frozen=True)
@@ -56,32 +56,31 @@ class Report:
     @staticmethod
     def from_json(data: dict[str, Any]) -> Report:
         """The report that `to_json` wrote."""
-        records = tuple(
-            PassRecord(**{**record, "near_misses": tuple(NearMiss(**miss) for miss in record["near_misses"])})
-            for record in data["passes"]
+        return Report(
+            tuple(map(_record, data["passes"])), Ledger(**data["ledger"]), data["trace_seconds"], tuple(data["notes"])
         )
-        return Report(records, Ledger(**data["ledger"]), data["trace_seconds"], tuple(data["notes"]))
 
 
-def _ledger(records: Sequence[PassRecord], gm: fx.GraphModule) -> Ledger:
-    """Metadata is at its naive worst right before it is shared, and at its fewest nodes right after."""
-    counts = [(record.metadata_nodes, record.metadata_ops) for record in records] or [(0, 0)]
-    worst = counts.index(max(counts[: _first_shared(records)]))
-    nodes_shared = min(nodes for nodes, _ in counts[worst:])
-    return Ledger(
-        attention_nodes=len({node.meta[SITE].path for node in gm.graph.nodes if SITE in node.meta}),
-        nodes_naive=counts[worst][0],
-        nodes_shared=nodes_shared,
-        ops_naive=counts[worst][1],
-        ops_shared=counts[-1][1],
-        prepare_calls=len(prepare_nodes(gm)),
+def _record(data: dict[str, Any]) -> PassRecord:
+    misses = tuple(NearMiss(**miss) for miss in data["near_misses"])
+    return PassRecord(
+        **{**data, "near_misses": misses, "before": Counts(**data["before"]), "after": Counts(**data["after"])}
     )
 
 
-def _first_shared(records: Sequence[PassRecord]) -> int:
-    """How many passes ran before the graph had a prepare_metadata node (all of them where it never got one)."""
-    shared = (index for index, record in enumerate(records) if record.prepare_calls)
-    return max(1, next(shared, len(records)))
+def _ledger(records: Sequence[PassRecord], gm: fx.GraphModule) -> Ledger:
+    """Metadata is at its naive worst before it is shared, and at its fewest nodes right after."""
+    stages = [records[0].before, *(record.after for record in records)] if records else [Counts(0, 0, 0, 0)]
+    first_shared = next((index for index, stage in enumerate(stages) if stage.prepare_calls), len(stages) - 1)
+    naive = max(stages[: max(1, first_shared)], key=lambda stage: (stage.metadata_nodes, stage.metadata_ops))
+    return Ledger(
+        attention_nodes=len({node.meta[SITE].path for node in gm.graph.nodes if SITE in node.meta}),
+        nodes_naive=naive.metadata_nodes,
+        nodes_shared=stages[first_shared].metadata_nodes,
+        ops_naive=naive.metadata_ops,
+        ops_shared=stages[-1].metadata_ops,
+        prepare_calls=stages[-1].prepare_calls,
+    )
 
 
 def _pass_table(report: Report) -> list[str]:
@@ -89,10 +88,9 @@ def _pass_table(report: Report) -> list[str]:
     if report.trace_seconds:
         rows.append(("(trace)", "", "", "", f"{report.trace_seconds * 1e3:.0f}"))
     for record in report.passes:
-        nodes = f"{record.nodes_before} -> {record.nodes_after}"
-        rows.append(
-            (record.name, str(record.matches), nodes, str(record.metadata_nodes), f"{record.seconds * 1e3:.1f}")
-        )
+        nodes = f"{record.before.nodes} -> {record.after.nodes}"
+        metadata = str(record.after.metadata_nodes)
+        rows.append((record.name, str(record.matches), nodes, metadata, f"{record.seconds * 1e3:.1f}"))
     share = f" ({report.seconds / report.trace_seconds:.1%} of tracing)" if report.trace_seconds else ""
     rows.append(("all passes", "", "", "", f"{report.seconds * 1e3:.1f}{share}"))
     lines = align(rows)

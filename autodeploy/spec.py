@@ -9,33 +9,23 @@ from autodeploy.graph import (
     PREPARE,
     SITE,
     is_scalar,
-    layout_only,
     metadata_nodes,
     prepare_nodes,
 )
 
 
-def check(gm: fx.GraphModule) -> None:
+def check(gm: fx.GraphModule, known: set[fx.Node]) -> None:
     """Every invariant that holds for the stage `gm` is in; those of a later stage are vacuous.
 
-    Raises InvariantError naming the node.
+    `known` is `graph.layout_only(gm)`. Raises InvariantError naming the node.
     """
-    check_valid(gm)
     prepares = prepare_nodes(gm)
     if not prepares:
         return
     check_one_prepare(prepares)
     check_prepare_is_first(prepares[0])
-    check_nothing_left_outside(gm)
-    check_reads_come_from_prepare(gm, prepares[0])
-
-
-def check_valid(gm: fx.GraphModule) -> None:
-    """A well-formed FX graph."""
-    try:
-        gm.graph.lint()
-    except RuntimeError as error:
-        raise InvariantError(f"the graph is not valid: {error}") from error
+    check_nothing_left_outside(gm, known)
+    check_reads_come_from_prepare(gm, prepares[0], known)
 
 
 def check_one_prepare(prepares: list[fx.Node]) -> None:
@@ -53,9 +43,9 @@ def check_prepare_is_first(prepare: fx.Node) -> None:
         node = node.prev
 
 
-def check_nothing_left_outside(gm: fx.GraphModule) -> None:
+def check_nothing_left_outside(gm: fx.GraphModule, known: set[fx.Node]) -> None:
     """No layout-only computation is left outside."""
-    left = metadata_nodes(gm)
+    left = metadata_nodes(gm, known)
     if left:
         raise InvariantError(
             f"{len(left)} layout-only nodes outside {PREPARE}, such as {left[0].format_node()}",
@@ -63,9 +53,8 @@ def check_nothing_left_outside(gm: fx.GraphModule) -> None:
         )
 
 
-def check_reads_come_from_prepare(gm: fx.GraphModule, prepare: fx.Node) -> None:
+def check_reads_come_from_prepare(gm: fx.GraphModule, prepare: fx.Node, known: set[fx.Node]) -> None:
     """Every cached attention node reads metadata only from prepare_metadata or from graph inputs."""
-    known = layout_only(gm)
     for node in gm.graph.nodes:
         if SITE not in node.meta:
             continue

@@ -14,7 +14,6 @@ from pathlib import Path
 import torch
 import transformers
 
-import autodeploy
 from autodeploy.lowering import Lowered
 from autodeploy.ops.registry import backends
 from autodeploy.pipeline import Pass
@@ -32,7 +31,7 @@ def step_key(model: transformers.PreTrainedModel, steps: Sequence[Pass]) -> str:
     add(type(model).__qualname__, model.config.to_json_string(use_diff=False), _source_of(type(model)))
     for name, tensor in model.state_dict().items():
         add(name, tuple(tensor.shape), tensor.dtype)
-    add(_package_hash(Path(autodeploy.__file__).parent))
+    add(_package_hash(Path(__file__).parent))
     for step in steps:
         add(repr(step), _source_of(type(step)))
     for backend in backends():

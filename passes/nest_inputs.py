@@ -15,6 +15,7 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor, fx
+from torch.fx.node import map_arg
 
 from autodeploy.errors import UnsupportedFeature, node_location
 from autodeploy.graph import ROLE, add_placeholder, is_size, near_miss, placeholder, placeholders, record
@@ -80,8 +81,6 @@ def _replace_sizes(node: fx.Node, num_tokens: fx.Node) -> None:
     for size in [user for user in node.users if is_size(user) and user is not num_tokens]:
         value = 1 if size.args[1] == 0 else num_tokens
         for user in list(size.users):
-            user.args = fx.node.map_arg(user.args, lambda arg, size=size, value=value: value if arg is size else arg)
-            user.kwargs = fx.node.map_arg(
-                user.kwargs, lambda arg, size=size, value=value: value if arg is size else arg
-            )
+            user.args = map_arg(user.args, lambda arg, size=size, value=value: value if arg is size else arg)
+            user.kwargs = map_arg(user.kwargs, lambda arg, size=size, value=value: value if arg is size else arg)
         size.graph.erase_node(size)

@@ -14,8 +14,8 @@ from __future__ import annotations
 
 import operator
 from dataclasses import dataclass
+from typing import Any
 
-import torch
 from torch import fx
 
 from autodeploy.graph import (
@@ -39,16 +39,19 @@ class ShareMetadata:
     name: str = "share_metadata"
 
     def apply(self, gm: fx.GraphModule) -> int:
-        outside = metadata_nodes(gm)
-        if not outside or placeholder(gm, "layout") is None:
+        if placeholder(gm, "layout") is None:
             return 0
-        for call in prepare_nodes(gm):
-            _inline(gm, call)
-        moved = len(metadata_nodes(gm))
         known = layout_only(gm)
-        merge_equal(gm.graph, [node for node in gm.graph.nodes if node in known and _can_merge(node)])
+        if not metadata_nodes(gm, known):
+            return 0
+        if calls := prepare_nodes(gm):
+            _inline(gm, calls[0])
+            known = layout_only(gm)
+        moved = len(metadata_nodes(gm, known))
+        merged = merge_equal(gm.graph, [node for node in gm.graph.nodes if node in known and _can_merge(node)])
+        known -= merged
         _hoist_scalars(gm)
-        _outline(gm, _region(gm))
+        _outline(gm, known)
         return moved
 
 
@@ -56,15 +59,13 @@ def _can_merge(node: fx.Node) -> bool:
     return node.op in ("call_function", "get_attr")
 
 
-def _region(gm: fx.GraphModule) -> list[fx.Node]:
+def _region(gm: fx.GraphModule, known: set[fx.Node], metadata: set[fx.Node]) -> list[fx.Node]:
     """The metadata nodes and the constants that they read, in graph order."""
-    known = layout_only(gm)
-    wanted = set(metadata_nodes(gm))
+    wanted = set(metadata)
     for node in reversed(gm.graph.nodes):
         if node in wanted:
-            wanted |= {
-                arg for arg in node.all_input_nodes if arg in known and arg.op != "placeholder" and not is_scalar(arg)
-            }
+            args = (arg for arg in node.all_input_nodes if arg in known and arg.op != "placeholder")
+            wanted |= {arg for arg in args if not is_scalar(arg)}
     return [node for node in gm.graph.nodes if node in wanted]
 
 
@@ -80,7 +81,9 @@ def _hoist_scalars(gm: fx.GraphModule) -> None:
             hoisted.add(node)
 
 
-def _outline(gm: fx.GraphModule, region: list[fx.Node]) -> None:
+def _outline(gm: fx.GraphModule, known: set[fx.Node]) -> None:
+    metadata = set(metadata_nodes(gm, known))
+    region = _region(gm, known, metadata)
     inner = fx.Graph()
     copies: dict[fx.Node, fx.Node] = {}
     inside = set(region)
@@ -90,12 +93,15 @@ def _outline(gm: fx.GraphModule, region: list[fx.Node]) -> None:
         copies[arg] = inner.placeholder(arg.name)
         copies[arg].meta.update(arg.meta)
         copies[arg].meta.setdefault("autodeploy_role", "layout")
+    root: dict[str, Any] = {}
     for node in region:
         copies[node] = inner.node_copy(node, lambda arg: copies[arg])
-    metadata = set(metadata_nodes(gm))
+        if node.op == "get_attr":
+            name = str(node.target).removeprefix(f"{PREPARE}.")  # it was inside before
+            root[name] = get_attribute(gm, str(node.target))
+            copies[node].target = name
     results = [node for node in users_outside(region) if node in metadata]
     inner.output(tuple(copies[node] for node in results))
-    root = {str(node.target): get_attribute(gm, str(node.target)) for node in region if node.op == "get_attr"}
     module = fx.GraphModule(root, inner, class_name="PrepareMetadata")
     gm.add_submodule(PREPARE, module)
     _call(gm, region, results, arguments)
@@ -123,25 +129,16 @@ def _call(gm: fx.GraphModule, region: list[fx.Node], results: list[fx.Node], arg
 def _inline(gm: fx.GraphModule, call: fx.Node) -> None:
     """Undo `_outline`, so that an existing prepare_metadata and what came since are shared together."""
     module = getattr(gm, PREPARE)
-    assert isinstance(module, fx.GraphModule)
-    inner_inputs = module.graph.find_nodes(op="placeholder")
-    copies = dict(zip(inner_inputs, call.all_input_nodes, strict=True))
-    results: tuple[fx.Node, ...] = ()
+    inner = module.graph
+    copies = dict(zip(inner.find_nodes(op="placeholder"), call.all_input_nodes, strict=True))
     with gm.graph.inserting_before(call):
-        for node in module.graph.nodes:
-            if node.op == "output":
-                results = tuple(copies[arg] for arg in node.args[0])
-            elif node.op != "placeholder":
-                if node.op == "get_attr":
-                    _adopt(gm, module, str(node.target))
+        for node in inner.nodes:
+            if node.op == "get_attr":
+                copies[node] = gm.graph.get_attr(f"{PREPARE}.{node.target}")
+            elif node.op not in ("placeholder", "output"):
                 copies[node] = gm.graph.node_copy(node, lambda arg: copies[arg])
+    results = [copies[node] for node in inner.output_node().args[0]]  # type: ignore[union-attr]
     for user in list(call.users):
-        user.replace_all_uses_with(results[user.args[1]])
+        user.replace_all_uses_with(results[user.args[1]])  # type: ignore[index]
         gm.graph.erase_node(user)
     gm.graph.erase_node(call)
-
-
-def _adopt(gm: fx.GraphModule, module: fx.GraphModule, target: str) -> None:
-    value = getattr(module, target) if "." not in target else get_attribute(module, target)
-    if "." not in target and not hasattr(gm, target):
-        gm.register_buffer(target, value) if isinstance(value, torch.Tensor) else setattr(gm, target, value)

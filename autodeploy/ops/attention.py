@@ -5,6 +5,8 @@ Shapes: B batch, H query heads, K key-value heads, S tokens, D key size, E value
 
 from __future__ import annotations
 
+from typing import Any, cast
+
 import torch
 from torch import Tensor, fx
 
@@ -108,7 +110,7 @@ def _mask(
     return seen_SS
 
 
-def _tensors(node: fx.Node) -> tuple[object, ...]:
+def _tensors(node: fx.Node) -> tuple[Any, ...]:
     """query, key, value, sinks, bias of an attention node."""
     padded = (*node.args, None, None)[:5]
     return tuple(
@@ -121,7 +123,7 @@ def _describe(node: fx.Node) -> Site:
     if not all(isinstance(arg, fx.Node) and "val" in arg.meta for arg in (query, key, value)):
         raise UnsupportedFeature("an attention node whose inputs have no recorded shapes", where=node_location(node))
     q, k, v = (arg.meta["val"] for arg in (query, key, value))
-    window = node.kwargs.get("window")
+    window = cast("int | None", node.kwargs.get("window"))
     return Site(
         kind="attention",
         path=module_path(node) or node.name,

@@ -5,6 +5,8 @@ Shapes: B batch, C channels, S tokens, K taps.
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor, fx
 from torch.nn import functional as F
@@ -65,7 +67,7 @@ def _ragged_windows(hidden_BCS: Tensor, num_taps: int, cu_seqlens: Tensor) -> Te
     return torch.where(inside_SK, windows, torch.zeros((), dtype=windows.dtype, device=windows.device))
 
 
-def _tensors(node: fx.Node) -> tuple[object, ...]:
+def _tensors(node: fx.Node) -> tuple[Any, ...]:
     """hidden, weight, bias of a convolution node."""
     padded = (*node.args, None)[:3]
     return tuple(node.kwargs.get(name, arg) for name, arg in zip(("hidden", "weight", "bias"), padded, strict=True))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from functools import cache
 from importlib import import_module
 from importlib.metadata import entry_points
@@ -48,14 +49,14 @@ def backends() -> tuple[Backend, ...]:
     return (*_added.values(), *_installed())
 
 
-def choose_backend(site: Site, wanted: str | dict[str, str]) -> Backend:
+def choose_backend(site: Site, wanted: str | Mapping[str, str]) -> Backend:
     """The backend for `site`.
 
     `wanted` is "auto" (the first that supports the site), a backend's name (used for every kind that it exists for,
     "auto" for the rest), or a dict from layer type or kind to one of these.
     Raises UnknownName, or UnsupportedFeature with every backend's reason.
     """
-    if isinstance(wanted, dict):
+    if isinstance(wanted, Mapping):
         wanted = wanted.get(site.layer_type) or wanted.get(site.kind) or "auto"
     names = {b.name for b in backends()} | {"auto"}
     if wanted not in names:
@@ -75,10 +76,10 @@ def choose_backend(site: Site, wanted: str | dict[str, str]) -> Backend:
     )
 
 
-def check_backend_choice(wanted: str | dict[str, str]) -> None:
+def check_backend_choice(wanted: str | Mapping[str, str]) -> None:
     """Raise before any work when `wanted` names something unknown."""
     names = {b.name for b in backends()} | {"auto"}
-    for name in wanted.values() if isinstance(wanted, dict) else (wanted,):
+    for name in wanted.values() if isinstance(wanted, Mapping) else (wanted,):
         if not isinstance(name, str):
             raise OptionError(f"a backend is chosen by name, not by {type(name).__name__}")
         if name not in names:
