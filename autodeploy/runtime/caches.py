@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from math import prod
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -21,9 +22,19 @@ def allocate_caches(
 
     def allocate(spec: CacheSpec) -> Tensor:
         size = (num_pages[spec.group], page_size) if spec.kind == "paged" else (max_num_seqs + 1,)
-        return torch.zeros(*size, *spec.shape, dtype=spec.dtype, device=device)
+        return _zeros((*size, *spec.shape), spec.dtype, device)
 
     return tuple(map(allocate, specs))
+
+
+def _zeros(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
+    """Zeros; on the CPU the operating system hands the memory out as it is touched, so that a big pool is free at once.
+
+    torch.zeros writes every byte: 5.5 s for the default pool of a 24 GiB machine.
+    """
+    if device.type != "cpu":
+        return torch.zeros(shape, dtype=dtype, device=device)
+    return torch.from_numpy(np.zeros(prod(shape) * dtype.itemsize, dtype=np.uint8)).view(dtype).view(shape)
 
 
 def default_num_pages(
