@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from importlib.metadata import entry_points
 
 from torch import fx
 
@@ -59,12 +60,13 @@ def apply(
 def resolve_passes(
     passes: Sequence[Pass | str] | None, backend: str | Mapping[str, str] = "auto", page_size: int = 16
 ) -> list[Pass]:
-    """The list to run: the default one, or `passes` with names looked up in it."""
+    """The list to run: the default one, or `passes` with names looked up in it and in entry points."""
     from passes import default  # the composition root is the one place where the library sees its passes
 
     known = {step.name: step for step in default(backend, page_size)}
     if passes is None:
         return list(known.values())
+    known |= {point.name: point.load()() for point in entry_points(group="autodeploy.passes") if point.name in passes}
     steps: list[Pass] = []
     for step in passes:
         if isinstance(step, str):

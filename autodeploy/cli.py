@@ -122,7 +122,7 @@ def _generate(args: argparse.Namespace) -> None:
     else:
         _print_answers(pieces)
     if args.report:
-        print(llm.report, llm.timings, sep="\n", file=sys.stderr)
+        print(llm.summary(), file=sys.stderr)
 
 
 def _print_answer(pieces: Iterable[str]) -> None:

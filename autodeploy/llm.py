@@ -20,7 +20,7 @@ from autodeploy.metadata.layout import LayoutSpec
 from autodeploy.models import load_model, print_progress, resolve_model
 from autodeploy.ops.spec import CacheSpec
 from autodeploy.pipeline import Pass
-from autodeploy.report import Report
+from autodeploy.report import Report, align
 from autodeploy.runtime.caches import default_num_pages
 from autodeploy.runtime.engine import Engine, EngineStats
 from autodeploy.runtime.requests import Request, RequestOutput, SamplingParams
@@ -106,6 +106,17 @@ class LLM:
     def stats(self) -> EngineStats:
         """Counts since this LLM was made: steps, tokens, preemptions, host-to-device copies and bytes."""
         return self._engine.stats
+
+    def summary(self) -> str:
+        """The report of the passes, what a step sends to the device, and the times so far."""
+        stats, steps = self.stats, max(1, self.stats.num_steps)
+        rows = [
+            ("per step", f"{stats.num_steps} steps"),
+            ("host-to-device copies", f"{stats.num_host_to_device_copies / steps:.2f}"),
+            ("host-to-device bytes", f"{stats.host_to_device_bytes / steps:.0f}"),
+            ("host work", f"{stats.host_seconds / steps * 1e6:.0f} us"),
+        ]
+        return "\n".join([str(self.report), *align(rows), str(self.timings)])
 
     def generate(
         self, prompts: Prompt | Sequence[Prompt], params: SamplingParams | None = None, *, chat: bool = True

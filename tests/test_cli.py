@@ -26,7 +26,7 @@ class FakeLLM:
     calls: list[SimpleNamespace]
 
     def __init__(self, model: str, **options: Any) -> None:
-        self.report, self.timings = "the report", "the timings"
+        self.summary = lambda: "the report\nthe timings"
         self.calls.append(SimpleNamespace(model=model, options=options))
 
     def stream_many(self, prompts: list[str], params: Any, chat: bool) -> Iterator[tuple[int, str]]:
