@@ -1,0 +1,111 @@
+"""A backend of your own, with a field of its own: every token attends to all pages of its sequence under one mask.
+
+It is slow and short. Its metadata is written as if there were one layer; the passes see to it that each field is
+computed once for all of them. In a package, entry points named `autodeploy.backends` and `autodeploy.fields` would
+register the two.
+
+Shapes: T packed tokens, P pages per sequence, p page size, L = P * p, H heads, K key-value heads, D head size.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn.functional import scaled_dot_product_attention
+from transformers import AutoModelForCausalLM, LlamaConfig
+
+import autodeploy as ad
+from autodeploy.graph import get_attribute
+from autodeploy.kernels.reference import key_value_caches, refuse_attention
+from autodeploy.metadata import fields
+from autodeploy.ops.spec import Backend, CacheSpec, Site
+
+NO_WINDOW = 1 << 30
+
+
+@ad.field(shape="[T, L] bool", depends="P W", padding="position 0 alone")
+def dense_mask(layout: Tensor, num_tokens: int, num_groups: int, page_size: int, window: int) -> Tensor:
+    """pos - window < j <= pos: which positions of its sequence each token sees."""
+    position_T1 = fields.position_ids(layout, num_tokens)[:, None]
+    length = fields.block_table(layout, 0, num_groups).shape[1] * page_size
+    key_L = torch.arange(length, dtype=torch.int32, device=layout.device)
+    return (key_L <= position_T1) & (key_L > position_T1 - window)
+
+
+class DenseAttention(Backend):
+    name = "dense"
+    kind = "attention"
+    meaning = "one dense mask over all pages of a sequence"
+
+    def why_not(self, site: Site) -> str | None:
+        if site.params["softcap"] or site.params["has_sinks"]:
+            return "softcap and sinks are left out of the example"
+        return refuse_attention(site)
+
+    def caches(self, site: Site) -> tuple[CacheSpec, ...]:
+        return key_value_caches(site)
+
+    def metadata(self, layout: Tensor, num_tokens: int, site: Site) -> dict[str, Tensor]:
+        groups, page_size = site.num_groups, site.page_size
+        return {
+            "slots": fields.slot_mapping(layout, num_tokens, site.group, groups, page_size),
+            "pages": fields.block_table(layout, site.group, groups),
+            "rows": fields.token_to_seq(layout, num_tokens),
+            "mask": dense_mask(layout, num_tokens, groups, page_size, site.window or NO_WINDOW),
+        }
+
+    def call(
+        self, tensors: tuple[Any, ...], caches: tuple[Tensor, ...], metadata: dict[str, Tensor], site: Site
+    ) -> Tensor:
+        query_1HTD, key_1KTD, value_1KTD, _, _ = tensors
+        keys_TKLD, values_TKLD = (
+            write_and_gather(cache, new_1KTD, metadata)
+            for cache, new_1KTD in zip(caches, (key_1KTD, value_1KTD), strict=True)
+        )
+        query_TH1D, mask_T11L = query_1HTD.permute(2, 1, 0, 3), metadata["mask"][:, None, None]
+        out_TH1D = scaled_dot_product_attention(
+            query_TH1D, keys_TKLD, values_TKLD, mask_T11L, scale=site.params["scale"], enable_gqa=True
+        )
+        return out_TH1D.permute(2, 0, 1, 3)
+
+
+def write_and_gather(cache: Tensor, new_1KTD: Tensor, metadata: dict[str, Tensor]) -> Tensor:
+    """Put the new tokens in their slots, then fetch all pages of each token's sequence: [T, K, L, D]."""
+    torch.ops.aten.index_put_.default(cache.flatten(0, 1), [metadata["slots"]], new_1KTD[0].transpose(0, 1))
+    return cache[metadata["pages"][metadata["rows"]]].flatten(1, 2).transpose(1, 2)
+
+
+def main() -> None:
+    ad.register_backend(DenseAttention())
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=128,
+        hidden_size=64,
+        intermediate_size=96,
+        num_hidden_layers=4,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+    )
+    model = AutoModelForCausalLM.from_config(config).eval()
+
+    gm = ad.trace(model)
+    until_shared = ["canonicalize", "find_attention", "nest_inputs", "gather_logits", "insert_cached_attention"]
+    naive = ad.apply(gm, "dense", passes=until_shared).module
+    shared = ad.apply(gm, "dense", passes=[*until_shared, "share_metadata"]).module
+    for name, graph in {"naive": naive.graph, "shared": get_attribute(shared, "prepare_metadata").graph}.items():
+        masks = graph.find_nodes(op="call_function", target=dense_mask)
+        print(f"{name}: {len(masks)} dense_mask nodes for {config.num_hidden_layers} layers")
+
+    prompts = [[5, 6, 7, 8, 9, 10, 11], [12], [13, 14, 15]]
+    answers = {}
+    for backend in ("dense", "reference"):
+        llm = ad.LLM(model, backend=backend, compile=False)
+        answers[backend] = [output.token_ids for output in llm.generate(prompts, ad.SamplingParams(max_tokens=8))]
+        print(backend, answers[backend])
+    assert answers["dense"] == answers["reference"]
+
+
+if __name__ == "__main__":
+    main()
