@@ -15,8 +15,9 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
-from autodeploy.errors import NoAttentionFound, node_location
+from autodeploy.errors import NoAttentionFound, UnsupportedFeature, node_location
 from autodeploy.graph import near_miss, record, take_near_misses
+from autodeploy.mixing import token_flow
 from autodeploy.ops.registry import kind_of
 
 _SDPA = torch.ops.aten.scaled_dot_product_attention.default
@@ -26,15 +27,19 @@ CANONICAL = "autodeploy_canonical"
 
 @dataclass(frozen=True)
 class FindAttention:
-    """Turn attention into canonical nodes; raises NoAttentionFound, with the near misses, where there is none."""
+    """Turn attention into canonical nodes.
+
+    Raises NoAttentionFound, with the near misses, where there is none, and UnsupportedFeature where tokens are mixed
+    anywhere else: nothing would keep the sequences of a packed batch apart there.
+    """
 
     name: str = "find_attention"
 
     def apply(self, gm: fx.GraphModule) -> int:
-        for node in gm.graph.find_nodes(op="call_function", target=_SDPA):
-            reason = check(gm, node)
-            if reason is None:
-                rewrite(node)
+        matches = [node for node in gm.graph.find_nodes(op="call_function", target=_SDPA) if check(gm, node) is None]
+        refuse_other_mixing(gm, matches)
+        for node in matches:
+            rewrite(node)
         found = 0
         canonical = 0
         for node in gm.graph.nodes:
@@ -66,6 +71,20 @@ def check(gm: fx.GraphModule, node: fx.Node) -> str | None:
     return None
 
 
+def refuse_other_mixing(gm: fx.GraphModule, matches: list[fx.Node]) -> None:
+    """Raise UnsupportedFeature where a token's value reaches another one other than through attention."""
+    attention = {*matches, *(node for node in gm.graph.nodes if kind_of(node.target) is not None)}
+    if not attention:
+        return
+    for node, mixes in token_flow(gm, attention).mixing:
+        why = check(gm, node) if node.target is _SDPA else mixes
+        raise UnsupportedFeature(
+            f"an op outside attention that mixes tokens: it {why}",
+            where=node_location(node),
+            fix="only softmax attention and causal convolution are cached so far",
+        )
+
+
 def rewrite(node: fx.Node) -> None:
     """Replace one scaled_dot_product_attention by its canonical form."""
     arguments = _arguments(node)
@@ -77,6 +96,8 @@ def rewrite(node: fx.Node) -> None:
         return torch.ops.aten.transpose.int(attention(query, key, value, scale=scale, causal=True), 1, 2)
 
     replacement = record(node, canonical, query, arguments["key"], arguments["value"])
+    replacement.meta["val"] = node.meta["val"]
+    replacement.all_input_nodes[0].meta["val"] = node.meta["val"].transpose(1, 2)
     node.replace_all_uses_with(replacement)
     node.graph.erase_node(node)
 

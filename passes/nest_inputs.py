@@ -20,6 +20,7 @@ from torch.fx.node import map_arg
 from autodeploy.errors import UnsupportedFeature, node_location
 from autodeploy.graph import ROLE, add_placeholder, is_size, near_miss, placeholder, placeholders, record
 from autodeploy.metadata import fields
+from autodeploy.mixing import token_flow
 from autodeploy.ops.registry import kind_of
 
 _KNOWN_INPUTS = ("input_ids", "position_ids")
@@ -27,7 +28,11 @@ _KNOWN_INPUTS = ("input_ids", "position_ids")
 
 @dataclass(frozen=True)
 class NestInputs:
-    """Pack the inputs; matches once, on a graph with [batch, seq] inputs."""
+    """Pack the inputs; matches once, on a graph with [batch, seq] inputs.
+
+    Raises UnsupportedFeature for other inputs, and for a graph that counts positions itself: it would go on counting
+    from one packed sequence to the next.
+    """
 
     name: str = "nest_inputs"
 
@@ -45,6 +50,13 @@ class NestInputs:
                 f"a graph input {unknown[0].name!r} that cannot be packed",
                 where=node_location(unknown[0]),
                 fix=f"trace with {' and '.join(_KNOWN_INPUTS)} only",
+            )
+        attention = {node for node in gm.graph.nodes if kind_of(node.target) is not None}
+        for node, why in token_flow(gm, attention).places:
+            raise UnsupportedFeature(
+                f"an op that {why}",
+                where=node_location(node),
+                fix="the model must take position_ids and use them wherever it needs positions",
             )
         _rewrite(gm, old)
         return 1

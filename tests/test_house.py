@@ -19,7 +19,7 @@ MAX_FILE_LINES, MAX_MEDIAN_LINES, MAX_FUNCTION_LINES = 400, 150, 60
 
 # Who may import whom: a room is a module or subpackage of autodeploy, or the package `passes`.
 _BASE = {"errors", "options"}
-_GRAPH = {"graph", "spec", "pipeline"}
+_GRAPH = {"graph", "mixing", "spec", "pipeline"}
 _CORE = _BASE | _GRAPH | {"ops", "metadata"}
 ALLOWED = {
     "errors": set(),
@@ -28,6 +28,7 @@ ALLOWED = {
     "models": _BASE | {"demo"},
     "ops": _BASE,
     "graph": _BASE,
+    "mixing": _BASE | {"graph"},
     "spec": _BASE | {"graph"},
     "metadata": _BASE | {"graph"},
     "pipeline": _BASE | _GRAPH | {"metadata"},

@@ -1,0 +1,191 @@
+"""What `find_attention` and `nest_inputs` refuse: values that pass between tokens, and places the model counted."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch import Tensor, fx
+from torch.nn import functional as F
+
+from autodeploy.errors import UnsupportedFeature
+from autodeploy.mixing import Carries, token_flow
+from autodeploy.ops.attention import attention
+from passes import FindAttention, NestInputs
+from passes.canonicalize import Canonicalize
+
+NUM_EXPERTS, TOP_K, SIZE = 4, 2, 8
+Body = Callable[[Tensor, Tensor], Tensor]
+
+
+class Model(torch.nn.Module):
+    """Embedding, one attention, `body(hidden [B, S, 8], position_ids [B, S])`, and a linear head."""
+
+    def __init__(self, body: Body) -> None:
+        super().__init__()
+        self.body = body
+        self.embedding = torch.nn.Embedding(16, SIZE)
+        self.table = torch.nn.Buffer(torch.randn(64, SIZE))
+        self.head = torch.nn.Linear(SIZE, 16)
+
+    def forward(self, input_ids: Tensor, position_ids: Tensor) -> Tensor:
+        hidden = self.embedding(input_ids)
+        heads = hidden.unflatten(-1, (2, 4)).transpose(1, 2)
+        hidden = hidden + attention(heads, heads, heads, scale=0.5).flatten(2)
+        return self.head(self.body(hidden, position_ids))
+
+
+def traced(body: Body) -> fx.GraphModule:
+    inputs = {"input_ids": torch.zeros(3, 12, dtype=torch.int64), "position_ids": torch.arange(12).repeat(3, 1)}
+    dims = {name: {0: torch.export.Dim.DYNAMIC, 1: torch.export.Dim.DYNAMIC} for name in inputs}
+    with torch.no_grad():
+        program = torch.export.export(Model(body), (), inputs, dynamic_shapes=dims, strict=False)
+    gm = program.module(check_guards=False)
+    assert isinstance(gm, fx.GraphModule)
+    Canonicalize().apply(gm)
+    return gm
+
+
+def route(hidden: Tensor, position_ids: Tensor) -> Tensor:
+    """Sorts tokens by expert, as transformers' grouped experts do, and puts them back in order."""
+    tokens = hidden.flatten(0, 1)
+    weights, experts = torch.topk(tokens[:, :NUM_EXPERTS].softmax(-1), TOP_K)
+    order = torch.argsort(experts.flatten())
+    counts = torch.histc(experts.flatten().float(), NUM_EXPERTS, 0, NUM_EXPERTS - 1)
+    ends = counts.cumsum(0).to(torch.int32)
+    matrices = torch.ones(NUM_EXPERTS, SIZE, SIZE, dtype=torch.bfloat16)
+    out = torch._grouped_mm(tokens[order // TOP_K].bfloat16(), matrices, offs=ends).float()
+    back = torch.empty_like(order)
+    back[order] = torch.arange(order.numel())
+    return ((out * weights.flatten()[order, None])[back].view(-1, TOP_K, SIZE).sum(1)).view_as(hidden)
+
+
+def dense_experts(hidden: Tensor, position_ids: Tensor) -> Tensor:
+    tokens = hidden.flatten(0, 1)
+    weights, experts = torch.topk(tokens[:, :NUM_EXPERTS], TOP_K)
+    scores = torch.zeros(tokens.shape[0], NUM_EXPERTS).scatter(1, experts, weights)
+    every = torch.bmm(tokens.repeat(NUM_EXPERTS, 1).view(NUM_EXPERTS, -1, SIZE), torch.ones(NUM_EXPERTS, SIZE, SIZE))
+    return (every * scores.t().unsqueeze(-1)).sum(0).view_as(hidden)
+
+
+def rope(hidden: Tensor, position_ids: Tensor) -> Tensor:
+    frequencies = torch.arange(SIZE).float()[None, :, None].expand(position_ids.shape[0], -1, 1)
+    return hidden * (frequencies @ position_ids[:, None].float()).transpose(1, 2).cos()
+
+
+def overwrite(hidden: Tensor, position_ids: Tensor) -> Tensor:
+    out = torch.zeros_like(hidden)
+    out[..., 0].copy_(hidden[..., 1])
+    return hidden + out
+
+
+ALLOWED: dict[str, Body] = {
+    "pointwise": lambda x, p: F.silu(x) * x + x.pow(2).mean(-1, keepdim=True),
+    "norms": lambda x, p: F.layer_norm(F.rms_norm(x, (SIZE,)), (SIZE,)),
+    "matmul": lambda x, p: (x.transpose(1, 2).transpose(1, 2) @ torch.ones(SIZE, SIZE)).flip(-1).softmax(-1),
+    "einsum": lambda x, p: torch.einsum("bsh,hk->bsk", x, torch.ones(SIZE, SIZE)),
+    "flattened addmm": lambda x, p: torch.addmm(torch.ones(SIZE), x.view(-1, SIZE), torch.ones(SIZE, SIZE)).view_as(x),
+    "heads": lambda x, p: torch.cat([x.unflatten(-1, (2, 4)).transpose(1, 2)] * 2, -1).sum(1),
+    "all of one choice": lambda x, p: torch.where((x > 0).all(-1, keepdim=True), x, 0),
+    "routing": route,
+    "dense experts": dense_experts,
+    "rope": rope,
+    "in-place": overwrite,
+    "ones": lambda x, p: x * torch.ones(x.shape[:2]).unsqueeze(-1),
+}
+
+MIXES: dict[str, tuple[Body, str]] = {
+    "cumsum": (lambda x, p: x.cumsum(1), "runs along the sequence"),
+    "softmax": (lambda x, p: x.softmax(1), "runs along the sequence"),
+    "flip": (lambda x, p: x.flip(1), "runs along the sequence"),
+    "roll": (lambda x, p: x.roll(1, 1), "runs along the sequence"),
+    "time shift": (lambda x, p: F.pad(x, (0, 0, 1, -1)), "runs along the sequence"),
+    "sort": (lambda x, p: x.sort(1).values, "runs along the sequence"),
+    "convolution": (
+        lambda x, p: F.conv1d(x.transpose(1, 2), torch.ones(SIZE, SIZE, 3), padding=1).transpose(1, 2),
+        "mixes tokens outside",
+    ),
+    "group norm": (lambda x, p: F.group_norm(x.transpose(1, 2), 2).transpose(1, 2), "not known to treat tokens alone"),
+    "mean": (lambda x, p: x - x.mean(1, keepdim=True), "reduces over tokens"),
+    "last token": (lambda x, p: x + x[:, -1:], "reduces over tokens"),
+    "shift": (lambda x, p: torch.cat([x[:, 1:], x[:, :1]], 1), "cuts, pads or joins"),
+    "join": (lambda x, p: torch.cat([x, x], 1)[:, : x.shape[1]], "runs along the sequence"),
+    "scores": (lambda x, p: (x @ x.transpose(1, 2)).softmax(-1) @ x, "relates tokens to one another"),
+    "linear attention": (lambda x, p: x @ (x.transpose(1, 2) @ x), "reduces over tokens"),
+    "sum by matmul": (lambda x, p: torch.ones(x.shape[1], x.shape[1]) @ x, "relates tokens to one another"),
+    "pick by place": (lambda x, p: x[:, torch.arange(x.shape[1]) // 2], "picks tokens by their place"),
+    "pick by position": (lambda x, p: torch.gather(x, 1, p[..., None].expand_as(x)), "picks tokens by their place"),
+    "share of an expert": (lambda x, p: x * (x > 0).float().mean(1, keepdim=True), "uses a count over the tokens"),
+    "largest position": (lambda x, p: x * p.max(), "reduces over tokens"),
+}
+
+
+def _learned_positions(hidden: Tensor, position_ids: Tensor) -> Tensor:
+    return hidden + F.embedding(torch.arange(hidden.shape[1]), torch.ones(64, SIZE))
+
+
+def _counted_in_place(hidden: Tensor, position_ids: Tensor) -> Tensor:
+    places = torch.zeros(hidden.shape[1])
+    places[:].add_(torch.arange(hidden.shape[1]))
+    return hidden + places[:, None]
+
+
+COUNTS_PLACES: dict[str, Body] = {
+    "learned positions": _learned_positions,
+    "slice of a table": lambda x, p: x + torch.ones(64, SIZE)[: x.shape[1]],
+    "cumsum of ones": lambda x, p: x + torch.ones(x.shape[:2]).cumsum(1).unsqueeze(-1),
+    "both kinds": lambda x, p: x * (p - torch.arange(x.shape[1])).unsqueeze(-1),
+    "length": lambda x, p: x * x.shape[1],
+    "in-place": _counted_in_place,
+}
+
+
+@pytest.mark.parametrize("case", ALLOWED)
+def test_allowed(case: str) -> None:
+    gm = traced(ALLOWED[case])
+    assert FindAttention().apply(gm) == 1
+    assert NestInputs().apply(gm) == 1
+
+
+@pytest.mark.parametrize("case", MIXES)
+def test_mixing_is_refused(case: str) -> None:
+    body, reason = MIXES[case]
+    gm = traced(body)
+    before = str(gm.graph)
+    with pytest.raises(UnsupportedFeature, match=reason) as caught:
+        FindAttention().apply(gm)
+    assert "test_mixing.py" in caught.value.where
+    assert str(gm.graph) == before
+
+
+@pytest.mark.parametrize("case", COUNTS_PLACES)
+def test_counted_places_are_refused(case: str) -> None:
+    gm = traced(COUNTS_PLACES[case])
+    FindAttention().apply(gm)
+    before = str(gm.graph)
+    with pytest.raises(UnsupportedFeature, match="that the model counted itself") as caught:
+        NestInputs().apply(gm)
+    assert "test_mixing.py" in caught.value.where
+    assert str(gm.graph) == before
+
+
+def test_what_each_node_carries() -> None:
+    gm = traced(route)
+    carries = token_flow(
+        gm, gm.graph.find_nodes(op="call_function", target=torch.ops.autodeploy.attention.default)
+    ).carries
+    by_op = {str(node.target).removeprefix("aten.").split(".")[0]: kind for node, kind in carries.items()}
+    assert by_op["embedding"] is by_op["_grouped_mm"] is by_op["linear"] is Carries.TOKENS
+    assert by_op["argsort"] is Carries.CHOICES
+    assert by_op["cumsum"] is by_op["histc"] is by_op["empty_like"] is Carries.COUNTS
+    assert by_op["arange"] is Carries.PLACES
+
+
+def test_a_graph_of_fixed_length_is_not_judged() -> None:
+    class Fixed(torch.nn.Module):
+        def forward(self, input_ids: Tensor) -> Tensor:
+            return input_ids.cumsum(1)
+
+    gm = torch.export.export(Fixed(), (torch.zeros(2, 5, dtype=torch.int64),)).module(check_guards=False)
+    assert token_flow(gm, ()).mixing == []
