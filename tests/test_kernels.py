@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import random
+import re
 from dataclasses import dataclass, replace
 
 import pytest
 import torch
 from ragged import Batch, Row, make_batch
-from torch import Tensor
+from torch import Tensor, fx
+from torch._inductor.utils import run_and_get_code
+from torch.fx.proxy import GraphAppendingTracer, Proxy
+from torch.utils._pytree import tree_map
 
 from autodeploy.ops import attention, causal_conv1d
 from autodeploy.ops.registry import backends
@@ -219,23 +223,91 @@ def check(backend: Backend, site: Site, batch: Batch) -> None:
         assert_written(site, batch, old, new, owned)
 
 
+def small_case(backend: Backend, site: Site, lengths: list[tuple[int, int]]) -> tuple[Site, Batch, tuple, list[Tensor]]:
+    """The site with its cache plan, a batch, one step's tensors, and caches of ones."""
+    site = replace(site, page_size=4, num_groups=1)
+    batch = make_batch(lengths, padding_rows=1, padding_tokens=2)
+    caches = [torch.ones_like(cache) for cache in make_caches(backend, site, batch)]
+    return site, batch, pack(site, batch, make_inputs(site, batch)), caches
+
+
 COMPILED = ("attention-gqa", "attention-all", "causal_conv1d-bias_silu")
+COMPILED_CASES = [case for case in CASES if str(case.id).endswith(COMPILED)]
 
 
-@pytest.mark.parametrize(("backend", "site"), [case for case in CASES if str(case.id).endswith(COMPILED)])
+@pytest.mark.parametrize(("backend", "site"), COMPILED_CASES)
 @pytest.mark.filterwarnings("ignore:`torch.jit.script_method`:DeprecationWarning")  # torch's own, on import
 def test_backend_compiles(backend: Backend, site: Site) -> None:
-    site = replace(site, page_size=4, num_groups=1)
+    planned, *_ = small_case(backend, site, BATCHES["mixed"])
 
-    def run(tensors: tuple[Tensor | None, ...], layout: Tensor, caches: tuple[Tensor, ...]) -> Tensor:
-        return backend.call(tensors, caches, backend.metadata(layout, tensors[0].shape[2], site), site)
+    def run(tensors: tuple, layout: Tensor, caches: list[Tensor]) -> Tensor:
+        return backend.call(tensors, tuple(caches), backend.metadata(layout, tensors[0].shape[2], planned), planned)
 
     compiled = torch.compile(run, fullgraph=True, dynamic=True)
-    for name in ("mixed", "chunk"):
-        batch = make_batch(BATCHES[name], padding_rows=1, padding_tokens=2)
-        tensors = pack(site, batch, make_inputs(site, batch))
-        caches, same = ([torch.ones_like(c) for c in make_caches(backend, site, batch)] for _ in range(2))
-        torch.testing.assert_close(
-            compiled(tensors, batch.layout(), tuple(caches)), run(tensors, batch.layout(), tuple(same))
-        )
+    for lengths in (BATCHES["mixed"], BATCHES["chunk"]):
+        _, batch, tensors, caches = small_case(backend, site, lengths)
+        same = [cache.clone() for cache in caches]
+        out, codes = run_and_get_code(compiled, tensors, batch.layout(), caches)
+        torch.testing.assert_close(out, run(tensors, batch.layout(), same))
         torch.testing.assert_close(caches, same)
+        for arguments in re.findall(r"(?:sdpa|reference)_\w+\.default\((.*)\)", "".join(codes)):
+            # Caches go to the op as they came into the graph: Inductor made no copies.
+            assert len(re.findall(r"\barg\d+_1\b", arguments)) >= len(caches)
+            assert "copy" not in arguments
+
+
+@pytest.mark.parametrize(("backend", "site"), COMPILED_CASES)
+def test_cached_op_is_well_formed(backend: Backend, site: Site) -> None:
+    planned, batch, tensors, caches = small_case(backend, site, BATCHES["mixed"])
+    metadata = backend.metadata(batch.layout(), batch.num_tokens, planned)
+    recorded = fx.Graph()
+    tracer = GraphAppendingTracer(recorded)
+    values: dict[fx.Node, object] = {}
+
+    def proxies(value: object) -> object:
+        if not isinstance(value, Tensor):
+            return value
+        node = recorded.placeholder(f"input_{len(values)}")
+        values[node] = value
+        return Proxy(node, tracer)
+
+    backend.call(*(tree_map(proxies, part) for part in (tensors, tuple(caches), metadata)), planned)
+    ops = [node for node in recorded.nodes if getattr(node.target, "namespace", "") == "autodeploy"]
+    for node in ops:
+        args, kwargs = fx.map_arg((node.args, node.kwargs), lambda arg: values[arg])
+        torch.library.opcheck(node.target, args, kwargs)
+
+
+@pytest.mark.parametrize("cu_seqlens", [None, torch.tensor([0, 3, 5], dtype=torch.int32)])
+def test_canonical_op_is_well_formed(cu_seqlens: Tensor | None) -> None:
+    query, key, value = torch.randn(1, 4, 6, 8), torch.randn(1, 2, 6, 8), torch.randn(1, 2, 6, 5)
+    options = {"scale": 0.3, "window": 3, "softcap": 2.0}
+    torch.library.opcheck(attention.attention, (query, key, value, torch.randn(4), None, cu_seqlens), options)
+    hidden, weight, bias = torch.randn(1, 3, 6), torch.randn(3, 4), torch.randn(3)
+    torch.library.opcheck(causal_conv1d.causal_conv1d, (hidden, weight, bias, cu_seqlens), {"activation": "silu"})
+
+
+@pytest.mark.parametrize("backend", backends(), ids=lambda backend: f"{backend.name}-{backend.kind}")
+def test_backend_records_on_proxies(backend: Backend) -> None:
+    """What the passes do: metadata and call see no values and no sizes."""
+    site = replace(next(site for site in SITES.values() if site.kind == backend.kind), page_size=4, num_groups=1)
+    graph = fx.Graph()
+    tracer = GraphAppendingTracer(graph)
+    layout, num_tokens, *rest = (Proxy(graph.placeholder(f"input_{i}"), tracer) for i in range(7))
+    count = len(backend.caches(site))
+    tensors = (*rest[: 5 - count], None, None) if site.kind == "attention" else (*rest[:2], None)
+    out = backend.call(tensors, tuple(rest[5 - count :]), backend.metadata(layout, num_tokens, site), site)
+    assert isinstance(out, Proxy)
+    graph.output(out.node)
+    graph.lint()
+
+
+def test_refusals_say_why() -> None:
+    for site, reason in (
+        (attention_site(dtype=torch.float16), "float16 is not supported on cpu"),
+        (attention_site(causal=False), "not causal"),
+        (attention_site(has_bias=True), "additive bias"),
+    ):
+        for backend in backends():
+            if backend.kind == "attention":
+                assert reason in (backend.why_not(site) or "")
