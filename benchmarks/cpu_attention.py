@@ -174,7 +174,7 @@ def main() -> None:
             print(json.dumps(rows[-1]))
     result = {
         "date": datetime.date.today().isoformat(),
-        "platform": platform.platform(terse=True),
+        "platform": platform.system(),
         "machine": platform.machine(),
         "cores": os.cpu_count(),
         "threads": options.threads,
