@@ -44,6 +44,7 @@ ALLOWED = {
     "llm": _CORE | {"backend", "lowering", "models", "report", "runtime", "step_cache", "trace"},
     "doctor": _BASE | {"ops", "metadata", "passes"},
     "cli": _BASE | {"backend", "doctor", "llm", "models", "runtime", "trace"},
+    "__main__": {"cli"},
     "__init__": _CORE | {"backend", "llm", "runtime", "trace"},
 }
 # Imports by name at run time. The registry is the one place below the kernels that loads them, when first asked.
