@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 from torch import fx
-from torch.fx.node import map_aggregate
+from torch.fx.node import map_aggregate, map_arg
 from torch.fx.proxy import GraphAppendingTracer, Proxy
 
 PREPARE = "prepare_metadata"
@@ -147,42 +147,40 @@ def _is_pure_packet(packet: torch._ops.OpOverloadPacket | None) -> bool:
 
 def mutated(graph: fx.Graph) -> set[fx.Node]:
     """Nodes that an in-place op may write to, with everything that may share their storage (views up and down)."""
-    written = [arg for node in graph.nodes for arg in _written_args(node)]
+    written = [arg for node in graph.nodes for arg in _aliased_args(node, only_written=True)]
     found: set[fx.Node] = set()
     while written:
         node = written.pop()
         if node in found:
             continue
         found.add(node)
-        written += [arg for arg in node.all_input_nodes if _may_alias(node)]
-        written += [user for user in node.users if _may_alias(user)]
+        written += _aliased_args(node)
+        written += [user for user in node.users if node in _aliased_args(user)]
+        if node.op == "get_attr":
+            written += [other for other in graph.find_nodes(op="get_attr") if other.target == node.target]
     return found
 
 
-def _written_args(node: fx.Node) -> list[fx.Node]:
-    if not isinstance(node.target, torch._ops.OpOverload) or not _is_mutable(node.target):
+def _aliased_args(node: fx.Node, *, only_written: bool = False) -> list[fx.Node]:
+    """The arguments that `node` writes to, and unless `only_written` those that its result may share storage with."""
+    if node.op != "call_function":
         return []
-    schema = node.target._schema
-    named = dict(zip((arg.name for arg in schema.arguments), node.args, strict=False)) | node.kwargs
-    written = [
-        named.get(arg.name) for arg in schema.arguments if arg.alias_info is not None and arg.alias_info.is_write
-    ]
-    return [value for value in written if isinstance(value, fx.Node)]
+    if not isinstance(node.target, torch._ops.OpOverload):
+        return [] if only_written or is_scalar(node) else node.all_input_nodes
+    names = _aliased_names(node.target, only_written)
+    if not names:
+        return []
+    schema = node.target._schema.arguments
+    named = dict(zip((arg.name for arg in schema), node.args, strict=False)) | node.kwargs
+    found: list[fx.Node] = []
+    map_arg([named.get(name) for name in names], found.append)
+    return found
 
 
 @cache
-def _is_mutable(op: torch._ops.OpOverload) -> bool:
-    return op._schema.is_mutable
-
-
-def _may_alias(node: fx.Node) -> bool:
-    """Whether the result of `node` may share storage with its inputs."""
-    if node.op != "call_function":
-        return False
-    if isinstance(node.target, torch._ops.OpOverload):
-        returns = node.target._schema.returns
-        return any(value.alias_info is not None for value in returns) or node.target is torch.ops.aten.reshape.default
-    return not is_scalar(node)
+def _aliased_names(op: torch._ops.OpOverload, only_written: bool) -> tuple[str, ...]:
+    infos = [(arg.name, arg.alias_info) for arg in op._schema.arguments]
+    return tuple(name for name, info in infos if info is not None and (info.is_write or not only_written))
 
 
 def layout_only(gm: fx.GraphModule) -> set[fx.Node]:

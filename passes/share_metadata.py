@@ -50,8 +50,7 @@ class ShareMetadata:
         moved = len(metadata_nodes(gm, known))
         merged = merge_equal(gm.graph, [node for node in gm.graph.nodes if node in known and _can_merge(node)])
         known -= merged
-        _hoist_scalars(gm)
-        _outline(gm, known)
+        _outline(gm, known, _hoist_scalars(gm))
         return moved
 
 
@@ -59,18 +58,20 @@ def _can_merge(node: fx.Node) -> bool:
     return node.op in ("call_function", "get_attr")
 
 
-def _region(gm: fx.GraphModule, known: set[fx.Node], metadata: set[fx.Node]) -> list[fx.Node]:
-    """The metadata nodes and the constants that they read, in graph order."""
+def _region(gm: fx.GraphModule, known: set[fx.Node], metadata: set[fx.Node], available: set[fx.Node]) -> list[fx.Node]:
+    """The metadata nodes and what they read of constants and their sizes, in graph order."""
     wanted = set(metadata)
     for node in reversed(gm.graph.nodes):
         if node in wanted:
-            args = (arg for arg in node.all_input_nodes if arg in known and arg.op != "placeholder")
-            wanted |= {arg for arg in args if not is_scalar(arg)}
+            wanted |= {arg for arg in node.all_input_nodes if arg in known and arg not in available}
     return [node for node in gm.graph.nodes if node in wanted]
 
 
-def _hoist_scalars(gm: fx.GraphModule) -> None:
-    """Put sizes of inputs, and arithmetic on them, right after the inputs, where the new node can read them."""
+def _hoist_scalars(gm: fx.GraphModule) -> set[fx.Node]:
+    """Put sizes of inputs, and arithmetic on them, right after the inputs, where the new node can read them.
+
+    Returns them and the inputs.
+    """
     inputs = placeholders(gm)
     hoisted: set[fx.Node] = set(inputs)
     last = inputs[-1]
@@ -79,11 +80,12 @@ def _hoist_scalars(gm: fx.GraphModule) -> None:
             last.append(node)
             last = node
             hoisted.add(node)
+    return hoisted
 
 
-def _outline(gm: fx.GraphModule, known: set[fx.Node]) -> None:
+def _outline(gm: fx.GraphModule, known: set[fx.Node], available: set[fx.Node]) -> None:
     metadata = set(metadata_nodes(gm, known))
-    region = _region(gm, known, metadata)
+    region = _region(gm, known, metadata, available)
     inner = fx.Graph()
     copies: dict[fx.Node, fx.Node] = {}
     inside = set(region)

@@ -1,0 +1,107 @@
+"""`find_attention`: traced canonical nodes are counted, plain causal SDPA becomes canonical, the rest is refused."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor, fx
+from torch.fx.graph import CodeGen
+from torch.nn import functional as F
+from traces import apply, before, count, text
+
+from autodeploy.errors import NoAttentionFound, UnsupportedFeature
+from autodeploy.graph import take_near_misses
+from passes import Canonicalize, FindAttention, NestInputs
+
+ATTENTION = torch.ops.autodeploy.attention.default
+SDPA = torch.ops.aten.scaled_dot_product_attention.default
+
+
+class Model(torch.nn.Module):
+    def __init__(self, **arguments: object) -> None:
+        super().__init__()
+        self.embedding = torch.nn.Embedding(16, 8)
+        self.arguments = arguments
+
+    def forward(self, input_ids: Tensor) -> Tensor:
+        hidden = self.embedding(input_ids).unflatten(-1, (2, 4)).transpose(1, 2)
+        hidden = F.scaled_dot_product_attention(hidden, hidden, hidden, **self.arguments)  # type: ignore[arg-type]
+        return hidden.transpose(1, 2).flatten(2)
+
+
+def traced(**arguments: object) -> fx.GraphModule:
+    dims = ({0: torch.export.Dim.DYNAMIC, 1: torch.export.Dim.DYNAMIC},)
+    inputs = (torch.zeros(3, 12, dtype=torch.int64),)
+    with torch.no_grad():
+        program = torch.export.export(Model(**arguments), inputs, dynamic_shapes=dims, strict=False)
+    gm = program.module(check_guards=False)
+    assert isinstance(gm, fx.GraphModule)
+    gm.graph.set_codegen(CodeGen())
+    output = gm.graph.output_node()
+    output.args = (output.all_input_nodes[0],)
+    Canonicalize().apply(gm)
+    return gm
+
+
+@pytest.mark.parametrize(("model_type", "nodes"), [("llama", 4), ("gpt_oss", 4), ("lfm2", 4)])
+def test_counts_canonical_nodes(model_type: str, nodes: int) -> None:
+    gm = before("find_attention", model_type)
+    graph = text(gm)
+    assert apply(FindAttention(), gm) == nodes
+    assert text(gm) == graph
+
+
+@pytest.mark.parametrize("scale", [None, 0.3])
+def test_rewrites_causal_sdpa(scale: float | None) -> None:
+    gm = traced(is_causal=True, scale=scale)
+    assert apply(FindAttention(), gm) == 1
+    assert (count(gm, ATTENTION), count(gm, SDPA)) == (1, 0)
+    (node,) = gm.graph.find_nodes(op="call_function", target=ATTENTION)
+    assert node.kwargs["scale"] == pytest.approx(scale or 0.5)
+    assert tuple(node.meta["val"].shape[2:]) == (2, 4)
+    apply(NestInputs(), gm)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "reason"),
+    [
+        ({}, "is not causal"),
+        ({"attn_mask": torch.ones(1, 1, dtype=torch.bool)}, "has a mask that is not known"),
+        ({"is_causal": True, "dropout_p": 0.5}, "has dropout"),
+    ],
+)
+def test_refuses_other_sdpa(arguments: dict[str, object], reason: str) -> None:
+    gm = traced(**arguments)
+    graph = text(gm)
+    with pytest.raises(NoAttentionFound, match=reason) as caught:
+        FindAttention().apply(gm)
+    assert "test_passes_find_attention.py" in str(caught.value)
+    assert text(gm) == graph
+
+
+def test_refuses_attention_beside_what_it_knows() -> None:
+    gm = before("find_attention")
+    node = next(iter(gm.graph.find_nodes(op="call_function", target=ATTENTION)))
+    query, key, value = node.args[:3]
+    with gm.graph.inserting_after(node):
+        other = gm.graph.call_function(SDPA, (query, key, value))
+    other.meta = {**node.meta, "val": query.meta["val"]}
+    user = next(iter(node.users))
+    with gm.graph.inserting_before(user):
+        back = gm.graph.call_function(torch.ops.aten.transpose.int, (other, 1, 2))
+    back.meta = dict(node.meta)
+    user.replace_input_with(node, back)
+    with pytest.raises(UnsupportedFeature, match="mixes tokens: it is not causal") as caught:
+        FindAttention().apply(gm)
+    assert "model.layers.0.self_attn" in caught.value.where
+
+
+def test_softmax_and_matmul_are_a_near_miss() -> None:
+    class Eager(torch.nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            return (x @ x.transpose(1, 2)).softmax(-1) @ x
+
+    gm = torch.export.export(Eager(), (torch.randn(2, 3, 4),)).module(check_guards=False)
+    with pytest.raises(NoAttentionFound, match="mixes tokens outside the transformers attention interface"):
+        FindAttention().apply(gm)  # type: ignore[arg-type]
+    assert not take_near_misses(gm)  # type: ignore[arg-type]

@@ -1,0 +1,54 @@
+"""`gather_logits`: only the rows that somebody samples go through the head."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from tiny_models import MODEL_TYPES
+from traces import apply, before, count, text
+
+from autodeploy.graph import take_near_misses
+from autodeploy.metadata import fields
+from passes import GatherLogits
+
+aten = torch.ops.aten
+
+
+@pytest.mark.parametrize("model_type", MODEL_TYPES)
+def test_gathers_before_the_head(model_type: str) -> None:
+    gm = before("gather_logits", model_type)
+    assert apply(GatherLogits(), gm) == 1
+    (rows,) = gm.graph.find_nodes(op="call_function", target=aten.index_select.default)
+    assert count(gm, fields.logits_indices) == 1
+    heads = [node for node in rows.users if node.target is aten.linear.default]
+    assert len(heads) == len(rows.users) == 1
+    assert str(heads[0].args[1]) in ("lm_head_weight", "transformer_wte_weight", "model_embed_tokens_weight")
+
+
+def test_softcapped_logits_are_gathered_before_the_cap() -> None:
+    gm = before("gather_logits", "gemma2")
+    apply(GatherLogits(), gm)
+    (rows,) = gm.graph.find_nodes(op="call_function", target=aten.index_select.default)
+    assert [node.target for node in rows.users] == [aten.linear.default]
+
+
+def test_hidden_states_that_others_read_are_left_whole() -> None:
+    gm = before("gather_logits")
+    head = next(iter(gm.graph.output_node().all_input_nodes))
+    hidden = head.all_input_nodes[0]
+    with gm.graph.inserting_after(head):
+        other = gm.graph.call_function(aten.sum.default, (hidden,))
+        total = gm.graph.call_function(aten.add.Tensor, (head, other))
+    other.append(total)
+    gm.graph.output_node().replace_input_with(head, total)
+    apply(GatherLogits(), gm)
+    (rows,) = gm.graph.find_nodes(op="call_function", target=aten.index_select.default)
+    assert rows.args[0] is total
+
+
+def test_padded_inputs_are_a_near_miss() -> None:
+    gm = before("nest_inputs")
+    graph = text(gm)
+    assert GatherLogits().apply(gm) == 0
+    assert [reason for _, reason in take_near_misses(gm)] == ["the graph has no packed inputs; nest_inputs comes first"]
+    assert text(gm) == graph

@@ -1,0 +1,72 @@
+"""`insert_cached_attention`: canonical nodes become their backends' cached ops, with metadata of their own each."""
+
+from __future__ import annotations
+
+import pytest
+from tiny_models import MODEL_TYPES, WINDOW
+from traces import apply, before, text
+
+from autodeploy.errors import OptionError, UnknownName
+from autodeploy.graph import SITE, metadata_nodes, placeholders, take_near_misses
+from autodeploy.ops.registry import kind_of
+from passes import InsertCachedAttention
+from passes.insert_cached_attention import CACHE_SPECS, LAYOUT_SPEC
+
+NUM_LAYERS = 4
+
+
+@pytest.mark.parametrize("backend", ["auto", "reference"])
+@pytest.mark.parametrize("model_type", MODEL_TYPES)
+def test_every_layer_gets_its_caches(model_type: str, backend: str) -> None:
+    gm = before("insert_cached_attention", model_type)
+    assert apply(InsertCachedAttention(backend), gm) == NUM_LAYERS
+    assert not [node for node in gm.graph.nodes if kind_of(node.target) is not None]
+    assert [node.name for node in placeholders(gm, "cache")] == [spec.name for spec in gm.meta[CACHE_SPECS]]
+    assert len({node.meta[SITE].path for node in gm.graph.nodes if SITE in node.meta}) == NUM_LAYERS
+
+
+@pytest.mark.parametrize(
+    ("model_type", "windows", "has_state"),
+    [
+        ("llama", (None,), False),
+        ("mistral", (WINDOW,), False),
+        ("gemma2", (WINDOW, None), False),
+        ("lfm2", (None,), True),
+    ],
+)
+def test_layers_of_one_window_share_a_group(model_type: str, windows: tuple[int | None, ...], has_state: bool) -> None:
+    gm = before("insert_cached_attention", model_type)
+    InsertCachedAttention(page_size=8).apply(gm)
+    spec = gm.meta[LAYOUT_SPEC]
+    assert (spec.page_size, spec.windows, spec.has_state) == (8, windows, has_state)
+    paged = [node.meta[SITE] for node in gm.graph.nodes if SITE in node.meta and node.meta[SITE].kind == "attention"]
+    assert all(spec.windows[site.group] == site.window for site in paged)
+
+
+def test_metadata_is_written_once_per_layer() -> None:
+    gm = before("insert_cached_attention")
+    shared = len(metadata_nodes(gm))
+    InsertCachedAttention().apply(gm)
+    per_layer, rest = divmod(
+        len(metadata_nodes(gm)) - shared + 1, NUM_LAYERS
+    )  # cu_seqlens of the canonical ops is gone
+    assert per_layer > 0
+    assert rest in range(NUM_LAYERS)
+
+
+def test_options_are_checked_before_anything_changes() -> None:
+    gm = before("insert_cached_attention")
+    graph = text(gm)
+    with pytest.raises(OptionError, match="page_size must be at least 1"):
+        InsertCachedAttention(page_size=0).apply(gm)
+    with pytest.raises(UnknownName, match="unknown backend 'referense'") as caught:
+        InsertCachedAttention({"full_attention": "referense"}).apply(gm)
+    assert "did you mean 'reference'? known:" in caught.value.fix
+    assert text(gm) == graph
+
+
+def test_padded_inputs_are_a_near_miss() -> None:
+    gm = before("nest_inputs")
+    assert InsertCachedAttention().apply(gm) == 0
+    reasons = [reason for _, reason in take_near_misses(gm)]
+    assert reasons == ["the graph has no packed inputs; nest_inputs comes first"] * NUM_LAYERS

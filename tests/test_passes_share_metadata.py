@@ -1,0 +1,229 @@
+"""`share_metadata`: all that depends on the layout alone goes into one node, once, and nothing else does."""
+
+from __future__ import annotations
+
+import operator
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from layout_graphs import OPS, Build, Draw, call, example, module, random_module, run
+from tiny_models import MODEL_TYPES
+from torch import fx
+from traces import apply, before, text
+
+from autodeploy import pipeline
+from autodeploy.graph import PREPARE, metadata_nodes, prepare_nodes
+from passes import ShareMetadata
+
+aten = torch.ops.aten
+
+
+def share(gm: fx.GraphModule) -> list[str]:
+    """Share, check what the pass owes, and give the names of the ops inside prepare_metadata."""
+    want = run(gm)
+    pipeline.run(gm, [ShareMetadata()])
+    assert all(map(torch.equal, want, run(gm)))
+    done = text(gm)
+    assert ShareMetadata().apply(gm) == 0
+    assert text(gm) == done
+    inner = getattr(gm, PREPARE).graph.nodes if prepare_nodes(gm) else ()
+    return [node.target.__name__.split(".")[0] for node in inner if node.op == "call_function"]
+
+
+@pytest.mark.parametrize("model_type", MODEL_TYPES)
+def test_models_get_one_node(model_type: str) -> None:
+    gm = before("share_metadata", model_type)
+    naive = len(metadata_nodes(gm))
+    assert apply(ShareMetadata(), gm) == naive
+    assert len(prepare_nodes(gm)) == 1
+    assert len(metadata_nodes(getattr(gm, PREPARE))) < naive
+
+
+def test_layout_moves_and_activations_stay() -> None:
+    def build(graph: fx.Graph, layout: fx.Node, x: fx.Node) -> fx.Node:
+        inner = call(aten.cumsum.default, call(aten.neg.default, layout), 0)
+        return call(aten.mul.Tensor, call(aten.sin.default, x), inner)
+
+    gm = module(build)
+    assert share(gm) == ["neg", "cumsum"]
+    assert [node.target.__name__.split(".")[0] for node in _calls(gm)] == ["sin", "mul"]
+
+
+def test_equal_values_are_computed_once_however_arguments_are_given() -> None:
+    def build(graph: fx.Graph, layout: fx.Node, x: fx.Node) -> tuple[fx.Node, ...]:
+        by_place, by_name = call(aten.add.Tensor, layout, 1), call(aten.add.Tensor, layout, other=1)
+        by_default = call(aten.add.Tensor, layout, 1, alpha=1)
+        by_everything = graph.call_function(aten.add.Tensor, (), {"other": 1, "self": layout})
+        return tuple(call(aten.mul.Tensor, x, node) for node in (by_place, by_name, by_default, by_everything))
+
+    assert share(module(build)) == ["add"]
+
+
+def test_numbers_of_other_types_differ() -> None:
+    def build(graph: fx.Graph, layout: fx.Node, x: fx.Node) -> tuple[fx.Node, ...]:
+        numbers = [call(aten.full_like.default, layout, n, dtype=None) for n in (1, 1.0, True, 0.0, -0.0)]
+        return tuple(call(aten.atan2.default, x, node) for node in numbers)
+
+    assert share(module(build)) == ["full_like"] * 5
+
+
+def test_random_numbers_are_neither_moved_nor_merged() -> None:
+    def build(graph: fx.Graph, layout: fx.Node, x: fx.Node) -> tuple[fx.Node, ...]:
+        size = call(aten.sym_size.int, layout, 0)
+        noise = [graph.call_function(aten.rand.default, ([size],)) for _ in range(2)]
+        noisy = [call(aten.bernoulli.default, layout) for _ in range(2)]
+        return (*noise, *noisy, call(aten.add.Tensor, x, call(aten.neg.default, layout)))
+
+    gm = module(build)
+    pipeline.run(gm, [ShareMetadata()])
+    assert sum(node.target in (aten.rand.default, aten.bernoulli.default) for node in gm.graph.nodes) == 4
+    assert len(_calls(getattr(gm, PREPARE))) == 1
+
+
+WRITTEN: dict[str, tuple[Build, list[str]]] = {
+    "a value": (lambda g, layout, x: (y := call(aten.neg.default, layout), call(aten.add_.Tensor, y, x))[0], []),
+    "through a view": (
+        lambda g, layout, x: (
+            y := call(aten.neg.default, layout),
+            row := call(aten.select.int, y, 0, 1),
+            call(aten.copy_.default, row, call(aten.select.int, x, 0, 0)),
+            call(aten.add.Tensor, y, x),
+        )[-1],
+        [],
+    ),
+    "under an earlier view": (
+        lambda g, layout, x: (
+            y := call(aten.neg.default, layout),
+            row := call(aten.select.int, y, 0, 1),
+            call(aten.add_.Tensor, y, 1),
+            call(aten.add.Tensor, x, row),
+        )[-1],
+        [],
+    ),
+    "the layout": (
+        lambda g, layout, x: (
+            call(aten.add_.Tensor, layout, 1),
+            call(aten.add.Tensor, x, call(aten.neg.default, layout)),
+        )[1],
+        [],
+    ),
+    "a buffer": (
+        lambda g, layout, x: (
+            early := call(aten.add.Tensor, layout, g.get_attr("buffer")),
+            call(aten.add_.Tensor, g.get_attr("buffer"), 1),
+            late := call(aten.add.Tensor, layout, g.get_attr("buffer")),
+            call(aten.sub.Tensor, early, late),
+        )[-1],
+        [],
+    ),
+    "a copy, not the value": (
+        lambda g, layout, x: (
+            y := call(aten.neg.default, layout),
+            z := call(aten.add.Tensor, y, x),
+            call(aten.add_.Tensor, z, y),
+        )[-1],
+        ["neg"],
+    ),
+}
+
+
+@pytest.mark.parametrize("case", WRITTEN)
+def test_what_is_written_to_stays_where_it_is(case: str) -> None:
+    build, moved = WRITTEN[case]
+    assert share(module(build)) == moved
+
+
+def test_buffers_move_and_parameters_stay() -> None:
+    def build(graph: fx.Graph, layout: fx.Node, x: fx.Node) -> tuple[fx.Node, ...]:
+        sums = [call(aten.add.Tensor, layout, graph.get_attr(name)) for name in ("buffer", "parameter")]
+        return tuple(call(aten.mul.Tensor, x, node) for node in sums)
+
+    gm = module(build)
+    assert share(gm) == ["add"]
+    assert [str(node.target) for node in gm.graph.find_nodes(op="get_attr")] == ["parameter"]
+    assert getattr(gm, PREPARE).buffer is gm.buffer
+
+
+def test_a_buffer_that_both_sides_read_is_not_copied() -> None:
+    def build(graph: fx.Graph, layout: fx.Node, x: fx.Node) -> fx.Node:
+        table = graph.get_attr("buffer")
+        return call(aten.mul.Tensor, call(aten.add.Tensor, x, table), call(aten.add.Tensor, layout, table))
+
+    gm = module(build)
+    assert share(gm) == ["add"]
+    assert getattr(gm, PREPARE).buffer is gm.buffer
+
+
+def test_only_what_is_read_outside_comes_out() -> None:
+    def build(graph: fx.Graph, layout: fx.Node, x: fx.Node) -> fx.Node:
+        first = call(aten.neg.default, layout)
+        second = call(aten.cumsum.default, call(aten.abs.default, first), 0)
+        return call(aten.mul.Tensor, call(aten.add.Tensor, x, first), second)
+
+    gm = module(build)
+    share(gm)
+    outputs = getattr(gm, PREPARE).graph.output_node().args[0]
+    assert [node.target for node in outputs] == [aten.neg.default, aten.cumsum.default]
+
+
+def test_sizes_stay_free_and_go_in() -> None:
+    def build(graph: fx.Graph, layout: fx.Node, x: fx.Node) -> fx.Node:
+        early = call(aten.sin.default, x)
+        size = call(operator.mul, call(aten.sym_size.int, x, 1), 2)
+        places = graph.call_function(aten.arange.default, (size,))
+        return call(aten.add.Tensor, early, call(aten.slice.Tensor, places, 0, 0, 6))
+
+    gm = module(build)
+    assert share(gm) == ["arange", "slice"]
+    (prepare,) = prepare_nodes(gm)
+    assert [arg.target for arg in prepare.all_input_nodes] == [operator.mul]
+
+
+def test_lists_move_with_their_items() -> None:
+    def build(graph: fx.Graph, layout: fx.Node, x: fx.Node) -> tuple[fx.Node, ...]:
+        halves = [call(aten.split.Tensor, layout, 3, 1) for _ in range(2)]
+        items = [call(operator.getitem, half, 1) for half in halves]
+        both = call(operator.getitem, call(aten.chunk.default, layout, 2, 1), 0)
+        return tuple(
+            call(aten.add.Tensor, call(aten.select.int, x, 1, 0), call(aten.sum.dim_IntList, y, [1]))
+            for y in (*items, both)
+        )
+
+    assert share(module(build)) == ["split", "getitem", "chunk", "getitem", "sum", "sum"]
+
+
+def test_what_comes_later_is_absorbed() -> None:
+    gm = module(lambda graph, layout, x: call(aten.add.Tensor, x, call(aten.neg.default, layout)))
+    share(gm)
+    gm.buffer = torch.nn.Buffer(example(2))
+    output = gm.graph.output_node()
+    layout, before_output = gm.graph.find_nodes(op="placeholder")[1], output.all_input_nodes[0]
+    with gm.graph.inserting_before(output):
+        again = call(aten.add.Tensor, call(aten.neg.default, layout), gm.graph.get_attr("buffer"))
+        output.args = (call(aten.mul.Tensor, before_output, again),)
+    assert share(gm) == ["neg", "add"]
+    assert len(prepare_nodes(gm)) == 1
+
+
+def test_a_graph_without_a_layout_is_left_alone() -> None:
+    gm = before("nest_inputs")
+    graph = text(gm)
+    assert ShareMetadata().apply(gm) == 0
+    assert text(gm) == graph
+
+
+DRAWS = st.lists(
+    st.tuples(st.sampled_from(sorted(OPS)), st.integers(0, 30), st.integers(0, 30), st.integers(0, 3)), max_size=24
+)
+
+
+@settings(max_examples=100, deadline=None)
+@given(DRAWS)
+def test_random_graphs(draws: list[Draw]) -> None:
+    share(random_module(draws))
+
+
+def _calls(gm: fx.GraphModule) -> list[fx.Node]:
+    return [node for node in gm.graph.nodes if node.op == "call_function" and node.target is not operator.getitem]
