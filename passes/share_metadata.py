@@ -102,7 +102,11 @@ def _outline(gm: fx.GraphModule, known: set[fx.Node], available: set[fx.Node]) -
             name = str(node.target).removeprefix(f"{PREPARE}.")  # it was inside before
             root[name] = get_attribute(gm, str(node.target))
             copies[node].target = name
-    results = [node for node in users_outside(region) if node in metadata]
+    # A constant or a size that activations read too is computed on both sides.
+    private = region
+    while both := {node for node in users_outside(private) if node not in metadata}:
+        private = [node for node in private if node not in both]
+    results = users_outside(private)
     inner.output(tuple(copies[node] for node in results))
     module = fx.GraphModule(root, inner, class_name="PrepareMetadata")
     gm.add_submodule(PREPARE, module)
@@ -122,7 +126,6 @@ def _call(gm: fx.GraphModule, region: list[fx.Node], results: list[fx.Node], arg
             last = gm.graph.call_function(operator.getitem, (call, index))
         last.meta.update(node.meta)
         node.replace_all_uses_with(last)
-    # A constant that activations read too stays where it is; prepare_metadata has its own.
     for node in reversed(region):
         if not node.users:
             gm.graph.erase_node(node)

@@ -34,8 +34,9 @@ def traced(**arguments: object) -> fx.GraphModule:
     inputs = (torch.zeros(3, 12, dtype=torch.int64),)
     with torch.no_grad():
         program = torch.export.export(Model(**arguments), inputs, dynamic_shapes=dims, strict=False)
-    gm = program.module(check_guards=False)
-    assert isinstance(gm, fx.GraphModule)
+    exported = program.module(check_guards=False)
+    assert isinstance(exported, fx.GraphModule)
+    gm = fx.GraphModule(exported, exported.graph)
     gm.graph.set_codegen(CodeGen())
     output = gm.graph.output_node()
     output.args = (output.all_input_nodes[0],)

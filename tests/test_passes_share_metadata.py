@@ -181,6 +181,14 @@ def test_sizes_stay_free_and_go_in() -> None:
     assert [arg.target for arg in prepare.all_input_nodes] == [operator.mul]
 
 
+def test_a_size_of_metadata_that_both_sides_read() -> None:
+    def build(graph: fx.Graph, layout: fx.Node, x: fx.Node) -> tuple[fx.Node, ...]:
+        size = call(aten.sym_size.int, call(aten.neg.default, layout), 0)
+        return call(aten.add.Tensor, layout, size), call(aten.add.Tensor, x, size)
+
+    assert share(module(build)) == ["neg", "sym_size", "add"]
+
+
 def test_lists_move_with_their_items() -> None:
     def build(graph: fx.Graph, layout: fx.Node, x: fx.Node) -> tuple[fx.Node, ...]:
         halves = [call(aten.split.Tensor, layout, 3, 1) for _ in range(2)]
