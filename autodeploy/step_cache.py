@@ -13,6 +13,8 @@ from pathlib import Path
 
 import torch
 import transformers
+from torch._inductor import config as inductor_config
+from torch._inductor.runtime.cache_dir_utils import temporary_cache_dir
 
 from autodeploy.lowering import Lowered
 from autodeploy.ops.registry import backends
@@ -40,7 +42,18 @@ def step_key(model: transformers.PreTrainedModel, steps: Sequence[Pass]) -> str:
 
 
 def load_or_make(folder: Path, make: Callable[[], Lowered], progress: Callable[[str], None]) -> tuple[Lowered, bool]:
-    """The step in `folder` and True, or a new one from `make`, then kept there, and False."""
+    """The step in `folder` and True, or a new one from `make`, then kept there, and False.
+
+    Inductor's kernels are kept beside it: an artifact holds their source only, and Inductor's own cache is a temporary
+    folder by default.
+    """
+    # Precompiled headers cost more than they save on so few kernels, and are looked into by every process.
+    kernels = temporary_cache_dir(str(folder.parent / "inductor"))
+    with kernels, inductor_config.patch(cpp_cache_precompile_headers=False):
+        return _load_or_make(folder, make, progress)
+
+
+def _load_or_make(folder: Path, make: Callable[[], Lowered], progress: Callable[[str], None]) -> tuple[Lowered, bool]:
     if (folder / "step.json").exists():
         try:
             return Lowered.load(folder), True

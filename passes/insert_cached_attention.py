@@ -37,10 +37,12 @@ class InsertCachedAttention:
     page_size: int = 16
     name: str = "insert_cached_attention"
 
-    def apply(self, gm: fx.GraphModule) -> int:
+    def __post_init__(self) -> None:
         if self.page_size < 1:
             raise OptionError(f"page_size must be at least 1, not {self.page_size}")
         check_backend_choice(self.backend)
+
+    def apply(self, gm: fx.GraphModule) -> int:
         layout = placeholder(gm, "layout")
         nodes = [node for node in gm.graph.nodes if kind_of(node.target) is not None]
         if layout is None:
