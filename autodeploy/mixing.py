@@ -6,11 +6,12 @@ dimension, a plain multiple of the length, and the op itself does not run along 
 
 Routing to experts is allowed: integers and booleans read off activations may be sorted, counted and summed over the
 tokens as long as the results are used as indices only. Not seen, and trusted: that tokens permuted by such indices are
-put back in order before they meet others, and that a reshape which keeps one dimension of tokens keeps their order.
+put back in order before they meet others.
 """
 
 from __future__ import annotations
 
+import math
 import operator
 from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass, field
@@ -37,8 +38,20 @@ _FILLS = {f"{name}{suffix}" for name in ("full", "zeros", "ones", "empty") for s
 _FILLS |= {"new_full", "new_zeros", "new_ones", "new_empty", "scalar_tensor"}
 _BROADCASTS = {"expand", "expand_as", "repeat"}
 # Not pointwise, but the shape of the result says all.
-_VIEWS = {"view", "reshape", "_unsafe_view", "view_as", "reshape_as", "flatten", "unflatten", "squeeze", "unsqueeze"}
-_VIEWS |= {"transpose", "permute", "t", "slice", "select", "narrow", "unbind", "stack", "repeat_interleave"}
+_RESHAPES = {"view", "reshape", "_unsafe_view", "view_as", "reshape_as", "flatten", "unflatten"}
+_VIEWS = _RESHAPES | {
+    "squeeze",
+    "unsqueeze",
+    "transpose",
+    "permute",
+    "t",
+    "slice",
+    "select",
+    "narrow",
+    "unbind",
+    "stack",
+    "repeat_interleave",
+}
 _COPIES = {"to", "_to_copy", "type_as", "contiguous", "clone", "alias", "detach", "lift_fresh_copy", "copy", "dropout"}
 _ROWWISE = {"embedding", "one_hot", "einsum", "layer_norm", "rms_norm"}
 _INDEXING = {"index", "index_select", "gather", "index_put", "scatter", "scatter_add", "index_add"}
@@ -152,6 +165,8 @@ def _why_mixes(flow: Flow, node: fx.Node, values: Sequence[fx.Node], indices: Se
     if not all(_is_multiple(flow, tensor.shape[_token_dims(flow, tensor)[0]]) for tensor in _tensors(node)):
         return "cuts, pads or joins the sequence"
     source = inputs[1 if _name(node) in _ADDED_CONTRACTIONS else 0]
+    if _name(node) in _RESHAPES and not _keeps_tokens_apart(flow, source, _tensors(node)[0]):
+        return "reshapes one token's values into another's"
     worked = _worked_dims(node, source.dim())
     if worked is None:
         return f"calls {node.target}, which is not known to treat tokens alone"
@@ -264,5 +279,24 @@ def _has_length(flow: Flow, size: Any) -> bool:
 
 def _is_multiple(flow: Flow, size: Any) -> bool:
     """Whether the SymInt `size` is a length times something without it, which no cut or padded length is."""
-    expr = size.node.expr
-    return any(flow.lengths.isdisjoint((expr / length).free_symbols) for length in flow.lengths)
+    return any(flow.lengths.isdisjoint((_expr(size) / length).free_symbols) for length in flow.lengths)
+
+
+def _keeps_tokens_apart(flow: Flow, before: Tensor, after: Tensor) -> bool:
+    """Whether tokens may lie as many values apart in `after`, a reshape of `before`.
+
+    With a dimension of m tokens' lengths and r values behind it, that distance is between r and m * r.
+    """
+    (closest, furthest), (closest_after, furthest_after) = (_distances(flow, tensor) for tensor in (before, after))
+    return (furthest / closest_after).is_integer is True and (furthest_after / closest).is_integer is True
+
+
+def _distances(flow: Flow, tensor: Tensor) -> tuple[Any, Any]:
+    (dim,) = _token_dims(flow, tensor)
+    closest = math.prod(_expr(size) for size in tensor.shape[dim + 1 :])
+    lengths = (_expr(tensor.shape[dim]) / length for length in flow.lengths)
+    return closest, closest * next(times for times in lengths if flow.lengths.isdisjoint(times.free_symbols))
+
+
+def _expr(size: Any) -> Any:
+    return size.node.expr if isinstance(size, SymInt) else size

@@ -112,6 +112,11 @@ MIXES: dict[str, tuple[Body, str]] = {
     "shift": (lambda x, p: torch.cat([x[:, 1:], x[:, :1]], 1), "cuts, pads or joins"),
     "join": (lambda x, p: torch.cat([x, x], 1)[:, : x.shape[1]], "runs along the sequence"),
     "scores": (lambda x, p: (x @ x.transpose(1, 2)).softmax(-1) @ x, "relates tokens to one another"),
+    "reshape": (lambda x, p: x + x.reshape(x.shape[0], SIZE, -1).transpose(1, 2), "reshapes one token's values"),
+    "tokens side by side": (
+        lambda x, p: torch.cat([x, x], -1).view(x.shape[0], 2, x.shape[1], SIZE)[:, 0],
+        "relates tokens",
+    ),
     "linear attention": (lambda x, p: x @ (x.transpose(1, 2) @ x), "reduces over tokens"),
     "sum by matmul": (lambda x, p: torch.ones(x.shape[1], x.shape[1]) @ x, "relates tokens to one another"),
     "pick by place": (lambda x, p: x[:, torch.arange(x.shape[1]) // 2], "picks tokens by their place"),
