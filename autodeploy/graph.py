@@ -15,6 +15,7 @@ from torch.fx.proxy import GraphAppendingTracer, Proxy
 PREPARE = "prepare_metadata"
 ROLE = "autodeploy_role"  # meta of placeholders: "tokens", "layout" or "cache"
 SITE = "autodeploy_site"  # meta of cached attention nodes: the Site they came from
+NEAR_MISS = "autodeploy_near_miss"  # meta of a node that a pass left alone: why
 _NEAR_MISSES = "autodeploy_near_misses"
 
 _SYMBOLIC = frozenset(
@@ -38,6 +39,7 @@ def copy_module(gm: fx.GraphModule) -> fx.GraphModule:
 
 def near_miss(gm: fx.GraphModule, node: fx.Node, reason: str) -> None:
     """Say that the running pass came near to `node` and why it left it alone."""
+    node.meta[NEAR_MISS] = reason
     gm.meta.setdefault(_NEAR_MISSES, []).append((node, reason))
 
 

@@ -15,9 +15,8 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
-from autodeploy.errors import NoAttentionFound, UnsupportedFeature, node_location
+from autodeploy.errors import NoAttentionFound, node_location
 from autodeploy.graph import near_miss, record, take_near_misses
-from autodeploy.mixing import token_flow
 from autodeploy.ops.registry import kind_of
 
 _SDPA = torch.ops.aten.scaled_dot_product_attention.default
@@ -27,19 +26,14 @@ CANONICAL = "autodeploy_canonical"
 
 @dataclass(frozen=True)
 class FindAttention:
-    """Turn attention into canonical nodes.
-
-    Raises NoAttentionFound, with the near misses, where there is none, and UnsupportedFeature where tokens are mixed
-    anywhere else: nothing would keep the sequences of a packed batch apart there.
-    """
+    """Turn attention into canonical nodes; raises NoAttentionFound, with the near misses, where there is none."""
 
     name: str = "find_attention"
 
     def apply(self, gm: fx.GraphModule) -> int:
-        matches = [node for node in gm.graph.find_nodes(op="call_function", target=_SDPA) if check(gm, node) is None]
-        refuse_other_mixing(gm, matches)
-        for node in matches:
-            rewrite(node)
+        for node in gm.graph.find_nodes(op="call_function", target=_SDPA):
+            if check(gm, node) is None:
+                rewrite(node)
         found = 0
         canonical = 0
         for node in gm.graph.nodes:
@@ -69,20 +63,6 @@ def check(gm: fx.GraphModule, node: fx.Node) -> str | None:
     if not all(isinstance(arg, fx.Node) and "val" in arg.meta for arg in (query, key)):
         return "has inputs without recorded shapes"
     return None
-
-
-def refuse_other_mixing(gm: fx.GraphModule, matches: list[fx.Node]) -> None:
-    """Raise UnsupportedFeature where a token's value reaches another one other than through attention."""
-    attention = {*matches, *(node for node in gm.graph.nodes if kind_of(node.target) is not None)}
-    if not attention:
-        return
-    for node, mixes in token_flow(gm, attention).mixing:
-        why = check(gm, node) if node.target is _SDPA else mixes
-        raise UnsupportedFeature(
-            f"an op outside attention that mixes tokens: it {why}",
-            where=node_location(node),
-            fix="only softmax attention and causal convolution are cached so far",
-        )
 
 
 def rewrite(node: fx.Node) -> None:

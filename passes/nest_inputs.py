@@ -18,7 +18,7 @@ from torch import Tensor, fx
 from torch.fx.node import map_arg
 
 from autodeploy.errors import UnsupportedFeature, node_location
-from autodeploy.graph import ROLE, add_placeholder, is_size, near_miss, placeholder, placeholders, record
+from autodeploy.graph import NEAR_MISS, ROLE, add_placeholder, is_size, near_miss, placeholder, placeholders, record
 from autodeploy.metadata import fields
 from autodeploy.mixing import token_flow
 from autodeploy.ops.registry import kind_of
@@ -30,8 +30,9 @@ _KNOWN_INPUTS = ("input_ids", "position_ids")
 class NestInputs:
     """Pack the inputs; matches once, on a graph with [batch, seq] inputs.
 
-    Raises UnsupportedFeature for other inputs, and for a graph that counts positions itself: it would go on counting
-    from one packed sequence to the next.
+    Raises UnsupportedFeature for what would go wrong in silence: other inputs, tokens mixed outside attention, where
+    nothing would keep the packed sequences apart, and positions that the graph counts itself, from one sequence on to
+    the next.
     """
 
     name: str = "nest_inputs"
@@ -44,22 +45,38 @@ class NestInputs:
             for node in old.values():
                 near_miss(gm, node, "is not called input_ids")
             return 0
-        unknown = [node for name, node in old.items() if name not in _KNOWN_INPUTS and node.users]
-        if unknown:
-            raise UnsupportedFeature(
-                f"a graph input {unknown[0].name!r} that cannot be packed",
-                where=node_location(unknown[0]),
-                fix=f"trace with {' and '.join(_KNOWN_INPUTS)} only",
-            )
-        attention = {node for node in gm.graph.nodes if kind_of(node.target) is not None}
-        for node, why in token_flow(gm, attention).places:
-            raise UnsupportedFeature(
-                f"an op that {why}",
-                where=node_location(node),
-                fix="the model must take position_ids and use them wherever it needs positions",
-            )
+        check_inputs(old)
+        check_tokens(gm)
         _rewrite(gm, old)
         return 1
+
+
+def check_inputs(inputs: dict[str, fx.Node]) -> None:
+    """Raise where an input that is used has no packed form."""
+    for name, node in inputs.items():
+        if name not in _KNOWN_INPUTS and node.users:
+            raise UnsupportedFeature(
+                f"a graph input {name!r} that cannot be packed",
+                where=node_location(node),
+                fix=f"trace with {' and '.join(_KNOWN_INPUTS)} only",
+            )
+
+
+def check_tokens(gm: fx.GraphModule) -> None:
+    """Raise where a token's value depends on others outside attention, or on a place that the graph counted."""
+    flow = token_flow(gm, {node for node in gm.graph.nodes if kind_of(node.target) is not None})
+    for node, why in flow.mixing:
+        raise UnsupportedFeature(
+            f"an op outside attention that mixes tokens: it {node.meta.get(NEAR_MISS, why)}",
+            where=node_location(node),
+            fix="only softmax attention and causal convolution are cached so far",
+        )
+    for node, why in flow.places:
+        raise UnsupportedFeature(
+            f"an op that {why}",
+            where=node_location(node),
+            fix="the model must take position_ids and use them wherever it needs positions",
+        )
 
 
 def _rewrite(gm: fx.GraphModule, old: dict[str, fx.Node]) -> None:

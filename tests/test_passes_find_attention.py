@@ -80,7 +80,7 @@ def test_refuses_other_sdpa(arguments: dict[str, object], reason: str) -> None:
     assert text(gm) == graph
 
 
-def test_refuses_attention_beside_what_it_knows() -> None:
+def test_attention_that_is_not_known_is_a_near_miss_and_refused_when_packed() -> None:
     gm = before("find_attention")
     node = next(iter(gm.graph.find_nodes(op="call_function", target=ATTENTION)))
     query, key, value = node.args[:3]
@@ -92,8 +92,10 @@ def test_refuses_attention_beside_what_it_knows() -> None:
         back = gm.graph.call_function(torch.ops.aten.transpose.int, (other, 1, 2))
     back.meta = dict(node.meta)
     user.replace_input_with(node, back)
+    FindAttention().apply(gm)
+    assert take_near_misses(gm) == [(other, "is not causal")]
     with pytest.raises(UnsupportedFeature, match="mixes tokens: it is not causal") as caught:
-        FindAttention().apply(gm)
+        NestInputs().apply(gm)
     assert "model.layers.0.self_attn" in caught.value.where
 
 
