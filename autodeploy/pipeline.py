@@ -17,7 +17,11 @@ from autodeploy.metadata import fields
 
 @runtime_checkable
 class Pass(Protocol):
-    """One rewrite: a frozen dataclass whose fields are its options."""
+    """One rewrite: a frozen dataclass whose fields are its options.
+
+    It preserves every bit, unless it has a class attribute `may_round` that is True: the same arithmetic on tensors of
+    another shape, where matmul kernels may round differently.
+    """
 
     @property
     def name(self) -> str: ...

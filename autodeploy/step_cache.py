@@ -73,9 +73,9 @@ def _keep(lowered: Lowered, folder: Path, progress: Callable[[str], None]) -> No
         lowered.save(building)
         os.replace(building, folder)
     except (OSError, RuntimeError) as error:
-        # Another process was first, the disk is full, or the code cannot be kept; this process runs on all the same.
-        progress(f"the compiled step is not kept: {error}")
         shutil.rmtree(building, ignore_errors=True)
+        if not (folder / "step.json").exists():  # else another process was first, with the same
+            progress(f"the compiled step is not kept, this run goes on: {error}")
 
 
 def _source_of(cls: type) -> str:

@@ -17,7 +17,6 @@ from torch.nn.functional import scaled_dot_product_attention
 from transformers import AutoModelForCausalLM, LlamaConfig
 
 import autodeploy as ad
-from autodeploy.graph import get_attribute
 from autodeploy.kernels.reference import key_value_caches, refuse_attention
 from autodeploy.metadata import fields
 from autodeploy.ops.spec import Backend, CacheSpec, Site
@@ -79,31 +78,13 @@ def write_and_gather(cache: Tensor, new_1KTD: Tensor, metadata: dict[str, Tensor
 
 def main() -> None:
     ad.register_backend(DenseAttention())
-    torch.manual_seed(0)
-    config = LlamaConfig(
-        vocab_size=128,
-        hidden_size=64,
-        intermediate_size=96,
-        num_hidden_layers=4,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-    )
-    model = AutoModelForCausalLM.from_config(config).eval()
-
-    gm = ad.trace(model)
-    until_shared = ["canonicalize", "find_attention", "nest_inputs", "gather_logits", "insert_cached_attention"]
-    naive = ad.apply(gm, "dense", passes=until_shared).module
-    shared = ad.apply(gm, "dense", passes=[*until_shared, "share_metadata"]).module
-    for name, graph in {"naive": naive.graph, "shared": get_attribute(shared, "prepare_metadata").graph}.items():
-        masks = graph.find_nodes(op="call_function", target=dense_mask)
-        print(f"{name}: {len(masks)} dense_mask nodes for {config.num_hidden_layers} layers")
-
-    prompts = [[5, 6, 7, 8, 9, 10, 11], [12], [13, 14, 15]]
-    answers = {}
+    sizes = {"hidden_size": 64, "intermediate_size": 96, "num_attention_heads": 4, "num_key_value_heads": 2}
+    model = AutoModelForCausalLM.from_config(LlamaConfig(vocab_size=128, num_hidden_layers=4, **sizes)).eval()
+    prompts, answers = [[5, 6, 7, 8, 9, 10, 11], [12], [13, 14, 15]], {}
     for backend in ("dense", "reference"):
         llm = ad.LLM(model, backend=backend, compile=False)
         answers[backend] = [output.token_ids for output in llm.generate(prompts, ad.SamplingParams(max_tokens=8))]
-        print(backend, answers[backend])
+        print(backend, answers[backend], llm.report.ledger)
     assert answers["dense"] == answers["reference"]
 
 

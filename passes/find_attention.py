@@ -10,7 +10,7 @@ A traced model already carries canonical nodes (`autodeploy.trace` makes them); 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, fx
@@ -29,6 +29,7 @@ class FindAttention:
     """Turn attention into canonical nodes; raises NoAttentionFound, with the near misses, where there is none."""
 
     name: str = "find_attention"
+    may_round: ClassVar[bool] = True
 
     def apply(self, gm: fx.GraphModule) -> int:
         for node in gm.graph.find_nodes(op="call_function", target=_SDPA):

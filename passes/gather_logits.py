@@ -8,6 +8,7 @@ Before:                                     After:
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from torch import Tensor, fx
@@ -33,6 +34,7 @@ class GatherLogits:
     """Select the sampled rows as early as every op between there and the output treats rows alone."""
 
     name: str = "gather_logits"
+    may_round: ClassVar[bool] = True
 
     def apply(self, gm: fx.GraphModule) -> int:
         layout = placeholder(gm, "layout")

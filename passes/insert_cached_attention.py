@@ -12,7 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import fx
@@ -36,6 +36,7 @@ class InsertCachedAttention:
     backend: str | Mapping[str, str] = "auto"
     page_size: int = 16
     name: str = "insert_cached_attention"
+    may_round: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         if self.page_size < 1:

@@ -12,6 +12,7 @@ The packed stream is the model's batch of one; attention keeps the R sequences a
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from torch import Tensor, fx
@@ -36,6 +37,7 @@ class NestInputs:
     """
 
     name: str = "nest_inputs"
+    may_round: ClassVar[bool] = True
 
     def apply(self, gm: fx.GraphModule) -> int:
         if placeholder(gm, "layout") is not None:

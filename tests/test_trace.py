@@ -244,3 +244,11 @@ def test_read_mask_refuses_what_is_not_a_window(chunk: int) -> None:
     assert "chunked_overlay" in (read_mask(chunked, 4096).refused or "")
     prefix = or_masks(causal_mask_function, lambda batch, head, query, key: key < chunk)
     assert read_mask(prefix, 4096).refused
+
+
+def test_encoder_decoders_are_refused() -> None:
+    from transformers import T5Config, T5ForConditionalGeneration
+
+    model = T5ForConditionalGeneration(T5Config(vocab_size=32, d_model=16, d_kv=8, d_ff=16, num_layers=1, num_heads=2))
+    with pytest.raises(UnsupportedFeature, match="encoder-decoder"):
+        trace(model)

@@ -39,6 +39,8 @@ def trace(model: PreTrainedModel) -> fx.GraphModule:
     """
     if not isinstance(model, PreTrainedModel):
         raise TraceError(f"{type(model).__name__} is not a transformers model", fix=_LOAD_WITH)
+    if model.config.is_encoder_decoder:
+        raise UnsupportedFeature("an encoder-decoder model", where=type(model).__name__, fix="use a decoder-only model")
     start = time.perf_counter()
     program = _export(model)
     _check_dynamic(program, model)
