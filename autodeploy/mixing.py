@@ -53,7 +53,7 @@ _VIEWS = _RESHAPES | {
     "repeat_interleave",
 }
 _COPIES = {"to", "_to_copy", "type_as", "contiguous", "clone", "alias", "detach", "lift_fresh_copy", "copy", "dropout"}
-_ROWWISE = {"embedding", "one_hot", "einsum", "layer_norm", "rms_norm"}
+_ROWWISE = {"embedding", "one_hot", "layer_norm", "rms_norm"}
 _INDEXING = {"index", "index_select", "gather", "index_put", "scatter", "scatter_add", "index_add"}
 _JUDGED_BY_SHAPE = _FILLS | _BROADCASTS | _VIEWS | _COPIES | _ROWWISE | _INDEXING
 _CONTRACTIONS = {"linear", "matmul", "mm", "bmm", "_grouped_mm", "grouped_mm_fallback"}
@@ -165,7 +165,7 @@ def _why_mixes(flow: Flow, node: fx.Node, values: Sequence[fx.Node], indices: Se
     if not all(_is_multiple(flow, tensor.shape[_token_dims(flow, tensor)[0]]) for tensor in _tensors(node)):
         return "cuts, pads or joins the sequence"
     source = inputs[1 if _name(node) in _ADDED_CONTRACTIONS else 0]
-    if _name(node) in _RESHAPES and not _keeps_tokens_apart(flow, source, _tensors(node)[0]):
+    if _name(node) in _RESHAPES and _distance(flow, source) != _distance(flow, _tensors(node)[0]):
         return "reshapes one token's values into another's"
     worked = _worked_dims(node, source.dim())
     if worked is None:
@@ -176,10 +176,14 @@ def _why_mixes(flow: Flow, node: fx.Node, values: Sequence[fx.Node], indices: Se
 def _worked_dims(node: fx.Node, ndim: int) -> Sequence[int] | None:
     """The dimensions of its first factor that `node` does not treat entry by entry; None where that is not known."""
     name, arguments = _name(node), _arguments(node)
+    if name == "repeat":
+        return [dim - len(arguments["repeats"]) + ndim for dim, times in enumerate(arguments["repeats"]) if times != 1]
     if name in _JUDGED_BY_SHAPE | _POINTWISE_WITHOUT_TAG:
         return ()
     if name in _CONTRACTIONS | _ADDED_CONTRACTIONS:
         return (ndim - 1,)
+    if name == "einsum":
+        return _einsum_dims(arguments["equation"])
     if name in ("constant_pad_nd", "pad"):
         return [ndim - 1 - index // 2 for index, amount in enumerate(arguments["pad"]) if amount != 0]
     if name.startswith("conv"):
@@ -190,6 +194,15 @@ def _worked_dims(node: fx.Node, ndim: int) -> Sequence[int] | None:
         return [dim % ndim for dim in given or range(ndim)]
     is_pointwise = isinstance(node.target, torch._ops.OpOverload) and torch.Tag.pointwise in node.target.tags
     return () if is_pointwise else None
+
+
+def _einsum_dims(equation: str) -> Sequence[int] | None:
+    """All dimensions of the first factor but those that every factor and the result have."""
+    factors, _, result = equation.replace(" ", "").partition("->")
+    if "." in factors or not result:
+        return None
+    common = set(result).intersection(*factors.split(","))
+    return [dim for dim, label in enumerate(factors.split(",")[0]) if label not in common]
 
 
 def _picks_tokens(flow: Flow, node: fx.Node) -> bool:
@@ -282,20 +295,13 @@ def _is_multiple(flow: Flow, size: Any) -> bool:
     return any(flow.lengths.isdisjoint((_expr(size) / length).free_symbols) for length in flow.lengths)
 
 
-def _keeps_tokens_apart(flow: Flow, before: Tensor, after: Tensor) -> bool:
-    """Whether tokens may lie as many values apart in `after`, a reshape of `before`.
+def _distance(flow: Flow, tensor: Tensor) -> Any:
+    """How many values lie between a token's and the next one's in `tensor`.
 
-    With a dimension of m tokens' lengths and r values behind it, that distance is between r and m * r.
+    A dimension of c * B * S holds c values of each token next to each other: those of B are whole rows.
     """
-    (closest, furthest), (closest_after, furthest_after) = (_distances(flow, tensor) for tensor in (before, after))
-    return (furthest / closest_after).is_integer is True and (furthest_after / closest).is_integer is True
-
-
-def _distances(flow: Flow, tensor: Tensor) -> tuple[Any, Any]:
     (dim,) = _token_dims(flow, tensor)
-    closest = math.prod(_expr(size) for size in tensor.shape[dim + 1 :])
-    lengths = (_expr(tensor.shape[dim]) / length for length in flow.lengths)
-    return closest, closest * next(times for times in lengths if flow.lengths.isdisjoint(times.free_symbols))
+    return _expr(tensor.shape[dim]).as_coeff_Mul()[0] * math.prod(_expr(size) for size in tensor.shape[dim + 1 :])
 
 
 def _expr(size: Any) -> Any:

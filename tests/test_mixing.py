@@ -65,7 +65,7 @@ def dense_experts(hidden: Tensor, position_ids: Tensor) -> Tensor:
     tokens = hidden.flatten(0, 1)
     weights, experts = torch.topk(tokens[:, :NUM_EXPERTS], TOP_K)
     scores = torch.zeros(tokens.shape[0], NUM_EXPERTS).scatter(1, experts, weights)
-    every = torch.bmm(tokens.repeat(NUM_EXPERTS, 1).view(NUM_EXPERTS, -1, SIZE), torch.ones(NUM_EXPERTS, SIZE, SIZE))
+    every = torch.bmm(tokens.expand(NUM_EXPERTS, -1, -1), torch.ones(NUM_EXPERTS, SIZE, SIZE))
     return (every * scores.t().unsqueeze(-1)).sum(0).view_as(hidden)
 
 
@@ -84,7 +84,7 @@ ALLOWED: dict[str, Body] = {
     "pointwise": lambda x, p: F.silu(x) * x + x.pow(2).mean(-1, keepdim=True),
     "norms": lambda x, p: F.layer_norm(F.rms_norm(x, (SIZE,)), (SIZE,)),
     "matmul": lambda x, p: (x.transpose(1, 2).transpose(1, 2) @ torch.ones(SIZE, SIZE)).flip(-1).softmax(-1),
-    "einsum": lambda x, p: torch.einsum("bsh,hk->bsk", x, torch.ones(SIZE, SIZE)),
+    "einsum": lambda x, p: torch.einsum("bsh,bsk->bsk", x, x),
     "flattened addmm": lambda x, p: torch.addmm(torch.ones(SIZE), x.view(-1, SIZE), torch.ones(SIZE, SIZE)).view_as(x),
     "heads": lambda x, p: torch.cat([x.unflatten(-1, (2, 4)).transpose(1, 2)] * 2, -1).sum(1),
     "all of one choice": lambda x, p: torch.where((x > 0).all(-1, keepdim=True), x, 0),
@@ -104,7 +104,7 @@ MIXES: dict[str, tuple[Body, str]] = {
     "sort": (lambda x, p: x.sort(1).values, "runs along the sequence"),
     "convolution": (
         lambda x, p: F.conv1d(x.transpose(1, 2), torch.ones(SIZE, SIZE, 3), padding=1).transpose(1, 2),
-        "runs along the sequence",
+        "outside the transformers attention interface",
     ),
     "group norm": (lambda x, p: F.group_norm(x.transpose(1, 2), 2).transpose(1, 2), "not known to treat tokens alone"),
     "mean": (lambda x, p: x - x.mean(1, keepdim=True), "reduces over tokens"),
@@ -117,6 +117,8 @@ MIXES: dict[str, tuple[Body, str]] = {
         lambda x, p: torch.cat([x, x], -1).view(x.shape[0], 2, x.shape[1], SIZE)[:, 0],
         "relates tokens",
     ),
+    "einsum": (lambda x, p: torch.einsum("bsh,bth->bsh", x, x), "runs along the sequence"),
+    "repeat": (lambda x, p: x.repeat(1, 2, 1).view(x.shape[0], -1, 2, SIZE).sum(2), "runs along the sequence"),
     "linear attention": (lambda x, p: x @ (x.transpose(1, 2) @ x), "reduces over tokens"),
     "sum by matmul": (lambda x, p: torch.ones(x.shape[1], x.shape[1]) @ x, "relates tokens to one another"),
     "pick by place": (lambda x, p: x[:, torch.arange(x.shape[1]) // 2], "picks tokens by their place"),
