@@ -58,7 +58,20 @@ _INDEXING = {"index", "index_select", "gather", "index_put", "scatter", "scatter
 _JUDGED_BY_SHAPE = _FILLS | _BROADCASTS | _VIEWS | _COPIES | _ROWWISE | _INDEXING
 _CONTRACTIONS = {"linear", "matmul", "mm", "bmm", "_grouped_mm", "grouped_mm_fallback"}
 _ADDED_CONTRACTIONS = {"addmm", "baddbmm"}
-_POINTWISE_WITHOUT_TAG = {"where", "__and__", "__or__", "__xor__"}
+# Pointwise ops, aliases mostly, that torch has not tagged so in every overload.
+_UNTAGGED = {
+    "where",
+    "masked_fill",
+    "multiply",
+    "divide",
+    "true_divide",
+    "floor_divide",
+    "subtract",
+    "rsub",
+    "negative",
+}
+_UNTAGGED |= {"absolute", "less", "less_equal", "greater", "greater_equal", "not_equal", "__and__", "__or__", "__xor__"}
+_UNTAGGED |= {"hardswish", "log_sigmoid", "special_expit", "prelu"}
 _INDEX_ARGUMENTS = ("index", "indices", "offs")
 
 
@@ -178,7 +191,7 @@ def _worked_dims(node: fx.Node, ndim: int) -> Sequence[int] | None:
     name, arguments = _name(node), _arguments(node)
     if name == "repeat":
         return [dim - len(arguments["repeats"]) + ndim for dim, times in enumerate(arguments["repeats"]) if times != 1]
-    if name in _JUDGED_BY_SHAPE | _POINTWISE_WITHOUT_TAG:
+    if name in _JUDGED_BY_SHAPE | _UNTAGGED:
         return ()
     if name in _CONTRACTIONS | _ADDED_CONTRACTIONS:
         return (ndim - 1,)

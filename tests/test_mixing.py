@@ -81,7 +81,7 @@ def overwrite(hidden: Tensor, position_ids: Tensor) -> Tensor:
 
 
 ALLOWED: dict[str, Body] = {
-    "pointwise": lambda x, p: F.silu(x) * x + x.pow(2).mean(-1, keepdim=True),
+    "pointwise": lambda x, p: F.silu(x).multiply(x) + x.pow(2).mean(-1, keepdim=True),
     "norms": lambda x, p: F.layer_norm(F.rms_norm(x, (SIZE,)), (SIZE,)),
     "matmul": lambda x, p: (x.transpose(1, 2).transpose(1, 2) @ torch.ones(SIZE, SIZE)).flip(-1).softmax(-1),
     "einsum": lambda x, p: torch.einsum("bsh,bsk->bsk", x, x),
