@@ -16,6 +16,7 @@ import operator
 from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass, field
 from enum import IntEnum
+from functools import cache
 from typing import Any
 
 import torch
@@ -238,9 +239,10 @@ def _operands(node: fx.Node) -> tuple[list[fx.Node], list[fx.Node]]:
         return list(node.all_input_nodes), []
     values: list[fx.Node] = []
     indices: list[fx.Node] = []
+    arguments = _arguments(node)
     for argument in node.target._schema.arguments:
         found: list[fx.Node] = []
-        fx.map_arg(_arguments(node).get(argument.name), found.append)
+        fx.map_arg(arguments.get(argument.name), found.append)
         if argument.name in _INDEX_ARGUMENTS:
             indices += found
         elif any(word in str(argument.type) for word in ("Tensor", "number", "float")):
@@ -254,9 +256,16 @@ def _arguments(node: fx.Node) -> dict[str, Any]:
     """The arguments of `node` by name, defaults included; empty where its target has no schema."""
     if not isinstance(node.target, torch._ops.OpOverload):
         return {}
-    schema = node.target._schema.arguments
+    names, defaults = _signature(node.target)
+    return defaults | dict(zip(names, node.args, strict=False)) | node.kwargs
+
+
+@cache
+def _signature(op: torch._ops.OpOverload) -> tuple[list[str], dict[str, Any]]:
+    """The arguments' names in order, and the defaults of those that have one."""
+    schema = op._schema.arguments
     defaults = {argument.name: argument.default_value for argument in schema if argument.has_default_value()}
-    return defaults | dict(zip((argument.name for argument in schema), node.args, strict=False)) | node.kwargs
+    return [argument.name for argument in schema], defaults
 
 
 def _name(node: fx.Node) -> str:
@@ -300,12 +309,12 @@ def _token_dims(flow: Flow, tensor: Tensor) -> list[int]:
 def _has_length(flow: Flow, size: Any) -> bool:
     if not isinstance(size, SymInt | SymFloat | SymBool):
         return False
-    return not flow.lengths.isdisjoint(size.node.expr.free_symbols)
+    return not flow.lengths.isdisjoint(_symbols(size.node.expr))
 
 
 def _is_multiple(flow: Flow, size: Any) -> bool:
     """Whether the SymInt `size` is a length times something without it, which no cut or padded length is."""
-    return any(flow.lengths.isdisjoint((_expr(size) / length).free_symbols) for length in flow.lengths)
+    return any(flow.lengths.isdisjoint(_symbols(_expr(size), length)) for length in flow.lengths)
 
 
 def _distance(flow: Flow, tensor: Tensor) -> Any:
@@ -315,6 +324,12 @@ def _distance(flow: Flow, tensor: Tensor) -> Any:
     """
     (dim,) = _token_dims(flow, tensor)
     return _expr(tensor.shape[dim]).as_coeff_Mul()[0] * math.prod(_expr(size) for size in tensor.shape[dim + 1 :])
+
+
+@cache
+def _symbols(expr: Any, divisor: Any = 1) -> frozenset[Any]:
+    """The symbols of a sympy expression over another; a graph has few, on many nodes."""
+    return frozenset((expr / divisor).free_symbols)
 
 
 def _expr(size: Any) -> Any:

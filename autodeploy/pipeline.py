@@ -77,7 +77,7 @@ class PassRecord:
 def run(gm: fx.GraphModule, passes: Sequence[Pass], observers: Iterable[Observer] = ()) -> list[PassRecord]:
     """Apply `passes` to `gm` in place, in order.
 
-    After each that matched, dead code is dropped and the invariants of `autodeploy.spec` are checked. The module's code
+    After each, dead code is dropped and the invariants of `autodeploy.spec` are checked. The module's code
     is generated once at the end, or after each pass where there are observers, who may run it.
     Raises PassError (or the pass's own typed error) naming the pass that failed.
     """
@@ -100,12 +100,10 @@ def run(gm: fx.GraphModule, passes: Sequence[Pass], observers: Iterable[Observer
 
 def _apply(gm: fx.GraphModule, step: Pass, before: Counts) -> PassRecord:
     take_near_misses(gm)
-    after = before
     start = time.perf_counter()
     try:
         matches = step.apply(gm)
-        if matches:
-            after = _tidy(gm)
+        after = _tidy(gm)
     except AutodeployError as error:
         error.add_note(f"  pass:  {step.name}")
         raise

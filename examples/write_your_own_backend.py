@@ -78,8 +78,9 @@ def write_and_gather(cache: Tensor, new_1KTD: Tensor, metadata: dict[str, Tensor
 
 def main() -> None:
     ad.register_backend(DenseAttention())
-    sizes = {"hidden_size": 64, "intermediate_size": 96, "num_attention_heads": 4, "num_key_value_heads": 2}
-    model = AutoModelForCausalLM.from_config(LlamaConfig(vocab_size=128, num_hidden_layers=4, **sizes)).eval()
+    config = LlamaConfig(vocab_size=128, hidden_size=64, intermediate_size=96, num_hidden_layers=4)
+    config.num_attention_heads, config.num_key_value_heads, config.head_dim = 4, 2, 16
+    model = AutoModelForCausalLM.from_config(config).eval()
     prompts, answers = [[5, 6, 7, 8, 9, 10, 11], [12], [13, 14, 15]], {}
     for backend in ("dense", "reference"):
         llm = ad.LLM(model, backend=backend, compile=False)
