@@ -13,7 +13,6 @@ from pathlib import Path
 
 import torch
 import transformers
-from torch._inductor import config as inductor_config
 from torch._inductor.runtime.cache_dir_utils import temporary_cache_dir
 
 from autodeploy.lowering import Lowered
@@ -47,9 +46,7 @@ def load_or_make(folder: Path, make: Callable[[], Lowered], progress: Callable[[
     Inductor's kernels are kept beside it: an artifact holds their source only, and Inductor's own cache is a temporary
     folder by default.
     """
-    # Precompiled headers cost more than they save on so few kernels, and are looked into by every process.
-    kernels = temporary_cache_dir(str(folder.parent / "inductor"))
-    with kernels, inductor_config.patch(cpp_cache_precompile_headers=False):
+    with temporary_cache_dir(str(folder.parent / "inductor")):
         return _load_or_make(folder, make, progress)
 
 

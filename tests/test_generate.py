@@ -124,7 +124,14 @@ def test_transformers_generate(prompts: list[list[int]], together: list[ad.Reque
     # Instead of the model's own, which ends at the end of sequence.
     model.generation_config = GenerationConfig(max_new_tokens=64, do_sample=False, pad_token_id=2)
     for index in (0, 6, 12):  # a chat, a few words, a part of the story
-        made = model.generate(torch.tensor([prompts[index]]), return_dict_in_generate=True, output_logits=True)
+        input_ids = torch.tensor([prompts[index]])
+        # With a mask: left to itself, generate leaves out the padding token, which is the template's end of message.
+        made = model.generate(
+            input_ids,
+            attention_mask=torch.ones_like(input_ids),
+            return_dict_in_generate=True,
+            output_logits=True,
+        )
         assert len(made.logits) == GREEDY.max_tokens
         for logits_1V, token in zip(made.logits, together[index].token_ids, strict=True):
             best, second = logits_1V[0].topk(2).values.tolist()
