@@ -10,6 +10,7 @@ from passes.find_attention import FindAttention
 from passes.gather_logits import GatherLogits
 from passes.insert_cached_attention import InsertCachedAttention
 from passes.lower_fields import LowerFields
+from passes.lower_linear import LowerLinear
 from passes.nest_inputs import NestInputs
 from passes.share_metadata import ShareMetadata
 
@@ -19,6 +20,7 @@ __all__ = [
     "GatherLogits",
     "InsertCachedAttention",
     "LowerFields",
+    "LowerLinear",
     "NestInputs",
     "ShareMetadata",
     "default",
@@ -35,4 +37,5 @@ def default(backend: str | Mapping[str, str] = "auto", page_size: int = 16) -> l
         InsertCachedAttention(backend, page_size),
         ShareMetadata(),
         LowerFields(),
+        LowerLinear(),
     ]
