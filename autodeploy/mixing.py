@@ -17,7 +17,7 @@ from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass, field
 from enum import IntEnum
 from functools import cache
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import SymBool, SymFloat, SymInt, Tensor, fx
@@ -89,6 +89,7 @@ class Flow:
     carries: dict[fx.Node, Carries] = field(default_factory=dict)
     mixing: list[tuple[fx.Node, str]] = field(default_factory=list)
     places: list[tuple[fx.Node, str]] = field(default_factory=list)
+    token_dims: dict[int, list[int]] = field(default_factory=dict)
 
 
 def token_flow(gm: fx.GraphModule, attention: Collection[fx.Node]) -> Flow:
@@ -240,12 +241,12 @@ def _operands(node: fx.Node) -> tuple[list[fx.Node], list[fx.Node]]:
     values: list[fx.Node] = []
     indices: list[fx.Node] = []
     arguments = _arguments(node)
-    for argument in node.target._schema.arguments:
+    for name in _signature(node.target).read:
         found: list[fx.Node] = []
-        fx.map_arg(arguments.get(argument.name), found.append)
-        if argument.name in _INDEX_ARGUMENTS:
+        fx.map_arg(arguments.get(name), found.append)
+        if name in _INDEX_ARGUMENTS:
             indices += found
-        elif any(word in str(argument.type) for word in ("Tensor", "number", "float")):
+        else:
             values += found
     if _name(node) in _FILLS:
         values = [arg for arg in values if is_scalar(arg)]
@@ -256,16 +257,31 @@ def _arguments(node: fx.Node) -> dict[str, Any]:
     """The arguments of `node` by name, defaults included; empty where its target has no schema."""
     if not isinstance(node.target, torch._ops.OpOverload):
         return {}
-    names, defaults = _signature(node.target)
-    return defaults | dict(zip(names, node.args, strict=False)) | node.kwargs
+    signature = _signature(node.target)
+    return signature.defaults | dict(zip(signature.names, node.args, strict=False)) | node.kwargs
+
+
+class _Signature(NamedTuple):
+    """An op's arguments: all in order, those read as numbers or indices, and the defaults of those that have one."""
+
+    names: list[str]
+    read: list[str]
+    defaults: dict[str, Any]
 
 
 @cache
-def _signature(op: torch._ops.OpOverload) -> tuple[list[str], dict[str, Any]]:
-    """The arguments' names in order, and the defaults of those that have one."""
-    schema = op._schema.arguments
-    defaults = {argument.name: argument.default_value for argument in schema if argument.has_default_value()}
-    return [argument.name for argument in schema], defaults
+def _signature(op: torch._ops.OpOverload) -> _Signature:
+    arguments = op._schema.arguments
+    kinds = {argument.name: str(argument.type) for argument in arguments}
+    return _Signature(
+        names=list(kinds),
+        read=[
+            name
+            for name, kind in kinds.items()
+            if name in _INDEX_ARGUMENTS or any(word in kind for word in ("Tensor", "number", "float"))
+        ],
+        defaults={argument.name: argument.default_value for argument in arguments if argument.has_default_value()},
+    )
 
 
 def _name(node: fx.Node) -> str:
@@ -303,7 +319,9 @@ def _tensors(node: fx.Node) -> list[Tensor]:
 
 
 def _token_dims(flow: Flow, tensor: Tensor) -> list[int]:
-    return [dim for dim, size in enumerate(tensor.shape) if _has_length(flow, size)]
+    if id(tensor) not in flow.token_dims:  # the nodes keep their tensors alive
+        flow.token_dims[id(tensor)] = [dim for dim, size in enumerate(tensor.shape) if _has_length(flow, size)]
+    return flow.token_dims[id(tensor)]
 
 
 def _has_length(flow: Flow, size: Any) -> bool:
