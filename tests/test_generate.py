@@ -146,6 +146,8 @@ def test_no_size_compiles_anything_again(llm: ad.LLM, together: list[ad.RequestO
     for count, length in ((1, 1), (1, 2), (2, 1), (5, 33), (33, 7), (64, 2), (1, 1000)):
         llm.generate([[10 + length] * length for _ in range(count)], short)
     assert counters == before
+    torch.compile(torch.nn.Identity(), backend="eager")(torch.ones(2))
+    assert counters != before  # they do count
 
 
 def test_stream_gives_the_text(llm: ad.LLM) -> None:
