@@ -1,0 +1,185 @@
+"""What differs between the two sides of a pair, and which pairs changed their place."""
+
+from __future__ import annotations
+
+import re
+from bisect import bisect_left
+from dataclasses import dataclass
+
+from autodeploy.viz.arguments import Argument, Ref, Text, format_argument
+from autodeploy.viz.links import Links
+from autodeploy.viz.node import Node
+from autodeploy.viz.snapshot import Snapshot
+from autodeploy.viz.values import Value
+
+PLACES = frozenset({"graph", "order"})  # changes that make a node moved rather than changed
+IGNORABLE = {
+    "names": frozenset({"name"}),
+    "order": frozenset({"order"}),
+    "device": frozenset({"device"}),
+    "meta": frozenset({"module", "role"}),
+}
+_SYMBOL = re.compile(r"[A-Za-z_]\w*")
+
+
+@dataclass(frozen=True)
+class Change:
+    """One difference: `what` is the name of an argument, prefixed by "argument " or "input ", or one of target, shape,
+    dtype, device, name, module, role, graph, order, into.
+    """
+
+    what: str
+    before: str
+    after: str
+
+    @property
+    def kind(self) -> str:
+        """`what` without the argument's name."""
+        return self.what.partition(" ")[0]
+
+    def __str__(self) -> str:
+        return f"{self.what.partition(' ')[2] or self.what}: {self.before} -> {self.after}"
+
+
+class Comparison:
+    """Compares pairs of nodes of two snapshots. Symbols may have other names on the other side, but consistently so."""
+
+    def __init__(self, before: Snapshot, after: Snapshot, links: Links, ignore: frozenset[str]) -> None:
+        self.before, self.after, self.links = before, after, links
+        self.ignore = ignore
+        self.symbols = _symbols(before, after, links)
+        self.moved = _out_of_order(before, after, links)
+
+    def changes(self, one: Node, other: Node) -> tuple[Change, ...]:
+        """All that differs between a pair, in the order of the fields, without what is ignored."""
+        found = [*self._plain(one, other), *self._arguments(one, other), *self._values(one, other)]
+        if one.id in self.moved:
+            place, other_place = self.before.position[one.id], self.after.position[other.id]
+            found.append(Change("order", str(place), str(other_place)))
+        return tuple(change for change in found if change.kind not in self.ignore)
+
+    def _plain(self, one: Node, other: Node) -> list[Change]:
+        pairs = {
+            "target": ("", "") if one.op == "placeholder" else (one.target, other.target),
+            "name": (one.name, other.name),
+            "module": (one.module, other.module),
+            "role": (one.role, other.role),
+            "graph": (one.graph, other.graph),
+        }
+        if _base(one.name) == _base(other.name):
+            del pairs["name"]
+        return [Change(what, *pair) for what, pair in pairs.items() if pair[0] != pair[1]]
+
+    def _arguments(self, one: Node, other: Node) -> list[Change]:
+        ones, others = dict(one.leaves), dict(other.leaves)
+        inputs, other_inputs = dict(self.before.inputs[one.id]), dict(self.after.inputs[other.id])
+        found = []
+        for place in ones | others:
+            leaf, other_leaf = ones.get(place, _ABSENT), others.get(place, _ABSENT)
+            reads = isinstance(leaf, Ref) and isinstance(other_leaf, Ref)
+            if reads and self._same_input(inputs[place], other_inputs[place]):
+                continue
+            if reads or self._renamed(leaf) != repr(other_leaf):
+                kind = "device" if place == "device" else f"{'input' if reads else 'argument'} {place}"
+                texts = (format_argument(leaf, self.before.name_of), format_argument(other_leaf, self.after.name_of))
+                found.append(Change(kind, *texts))
+        return found
+
+    def _same_input(self, one: int, other: int) -> bool:
+        """Whether `other` stands for `one`, or was put between `one` and its reader."""
+        images = self.links.images(one)
+        if other in images:
+            return True
+        return other not in self._paired and any(id in images for _, id in self.after.inputs[other])
+
+    @property
+    def _paired(self) -> set[int]:
+        if not hasattr(self, "_paired_ids"):
+            self._paired_ids = set(self.links.pairs.values())
+        return self._paired_ids
+
+    def _renamed(self, leaf: Argument) -> str:
+        return repr(Text(self._rename(leaf.text)) if isinstance(leaf, Text) else leaf)
+
+    def _rename(self, text: str) -> str:
+        return _SYMBOL.sub(lambda found: self.symbols.get(found[0], found[0]), text)
+
+    def _values(self, one: Node, other: Node) -> list[Change]:
+        if not one.values or not other.values:
+            return []
+        if len(one.values) != len(other.values):
+            return [Change("shape", f"{len(one.values)} values", f"{len(other.values)} values")]
+        found: dict[str, Change] = {}
+        for before, after in zip(one.values, other.values, strict=True):
+            for change in self._value(before, after):
+                found.setdefault(change.what, change)
+        return list(found.values())
+
+    def _value(self, one: Value, other: Value) -> list[Change]:
+        found = []
+        if self._rename(_shape(one)) != _shape(other):
+            found.append(Change("shape", _shape(one), _shape(other)))
+        for what in ("dtype", "device"):
+            pair = (getattr(one, what), getattr(other, what))
+            if pair[0] != pair[1]:
+                found.append(Change(what, *pair))
+        return found
+
+
+_ABSENT = Text("(absent)")
+
+
+def _base(name: str) -> str:
+    """A name without the number that FX appends to keep names apart."""
+    return name.rstrip("0123456789").rstrip("_")
+
+
+def _shape(value: Value) -> str:
+    return value.text if value.shape is None else f"[{', '.join(map(str, value.shape))}]"
+
+
+def _symbols(before: Snapshot, after: Snapshot, links: Links) -> dict[str, str]:
+    """Each symbol of `before` with its name in `after`, by the first pair that shows both."""
+    found: dict[str, str] = {}
+    for one, other in links.pairs.items():
+        for value, other_value in zip(before.by_id[one].values, after.by_id[other].values, strict=False):
+            for size, other_size in zip(value.shape or (), other_value.shape or (), strict=False):
+                if _is_symbol(size) and _is_symbol(other_size):
+                    found.setdefault(str(size), str(other_size))
+    return found
+
+
+def _is_symbol(size: int | str) -> bool:
+    return isinstance(size, str) and size.isidentifier()
+
+
+def _out_of_order(before: Snapshot, after: Snapshot, links: Links) -> set[int]:
+    """The fewest nodes of `before` that have to move for the pairs of each graph to be in the order of `after`."""
+    tracks: dict[tuple[str, str], list[int]] = {}
+    for node in before.nodes:
+        if node.id in links.pairs:
+            other = after.by_id[links.pairs[node.id]]
+            tracks.setdefault((node.graph, other.graph), []).append(node.id)
+    moved: set[int] = set()
+    for ids in tracks.values():
+        places = [after.position[links.pairs[id]] for id in ids]
+        stay = _longest_increasing(places)
+        moved |= {id for index, id in enumerate(ids) if index not in stay}
+    return moved
+
+
+def _longest_increasing(values: list[int]) -> set[int]:
+    """Indices of a longest increasing subsequence, by patience sorting."""
+    tops: list[int] = []
+    top_index: list[int] = []
+    previous: list[int] = []
+    for index, value in enumerate(values):
+        pile = bisect_left(tops, value)
+        previous.append(top_index[pile - 1] if pile else -1)
+        tops[pile : pile + 1] = [value]
+        top_index[pile : pile + 1] = [index]
+    found, index = set(), top_index[-1] if top_index else -1
+    while index >= 0:
+        found.add(index)
+        index = previous[index]
+    return found

@@ -1,0 +1,136 @@
+"""The story of the metadata: how many nodes became one prepare_metadata, who reads each field, and what it costs."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+from autodeploy.graph import PREPARE
+from autodeploy.viz.arguments import Ref
+from autodeploy.viz.classify import Entry
+from autodeploy.viz.node import Node
+from autodeploy.viz.snapshot import Snapshot
+
+_SENT = ("", "tokens", "layout")  # roles of inputs that are new in every step; weights and caches are not
+
+
+@dataclass(frozen=True)
+class FieldReaders:
+    """One output of prepare_metadata, and how many nodes of each op read it."""
+
+    name: str
+    op: str
+    value: str
+    readers: dict[str, int]
+
+
+@dataclass(frozen=True)
+class Cost:
+    """What the metadata costs in each step.
+
+    `launches`: nodes that are neither views nor sizes. `copies`: inputs sent to the device. `bytes`: what the launches
+    write, in terms of the symbolic sizes; `unsized` launches are those of unknown shape, not in it.
+    """
+
+    nodes: int
+    launches: int
+    copies: int
+    bytes: str
+    unsized: int
+
+
+@dataclass(frozen=True)
+class Story:
+    """`subgraphs`: parts of the old metadata that read nothing of each other. `moved`, `merged`, `replaced`: what became
+    of its nodes."""
+
+    subgraphs: int
+    moved: int
+    merged: int
+    replaced: int
+    fields: tuple[FieldReaders, ...]
+    before: Cost
+    after: Cost
+
+
+def tell(before: Snapshot, after: Snapshot, entries: Iterable[Entry]) -> Story | None:
+    """The story of the step from `before`, which has no prepare_metadata, to `after`, which has; else None."""
+    inside = [node for node in after.nodes if _is_inside(node)]
+    if not inside or any(_is_inside(node) for node in before.nodes):
+        return None
+    ids = {node.id for node in inside}
+    counts: Counter[str] = Counter()
+    old: dict[int, Node] = {}
+    for entry in entries:
+        if not ids.intersection(entry.after):
+            continue
+        nodes = [node for node in map(before.by_id.__getitem__, entry.before) if node.op != "get_attr"]
+        old |= {node.id: node for node in nodes}
+        counts["moved" if entry.kind == "changed" else entry.kind] += len(nodes)
+    return Story(
+        subgraphs=_components(before, old),
+        moved=counts["moved"],
+        merged=counts["merged"],
+        replaced=counts["replaced"],
+        fields=tuple(_fields(after, inside, ids)),
+        before=_cost(before, old.values()),
+        after=_cost(after, inside),
+    )
+
+
+def _components(snapshot: Snapshot, ids: Iterable[int]) -> int:
+    left = {id for id in ids if snapshot.by_id[id].op != "placeholder"}
+    number = 0
+    while left:
+        number += 1
+        pending = [left.pop()]
+        while pending:
+            edges = (*snapshot.inputs[pending[-1]], *snapshot.users[pending.pop()])
+            near = {id for _, id in edges} & left
+            left -= near
+            pending += near
+    return number
+
+
+def _is_inside(node: Node) -> bool:
+    return node.graph.rpartition(".")[2] == PREPARE
+
+
+def _fields(after: Snapshot, inside: list[Node], ids: set[int]) -> Iterable[FieldReaders]:
+    (output,) = (node for node in inside if node.op == "output")
+    for _, leaf in output.leaves:
+        if not isinstance(leaf, Ref):
+            continue
+        node = after.by_id[leaf.id]
+        users = (after.by_id[user] for _, user in after.users[leaf.id] if user not in ids)
+        readers = Counter(user.short_target for user in users if user.id not in after.source_of)
+        yield FieldReaders(node.name, node.short_target, ", ".join(map(str, node.values)), dict(readers))
+
+
+def _cost(snapshot: Snapshot, metadata: Iterable[Node]) -> Cost:
+    nodes = [node for node in metadata if node.op in ("call_function", "call_method")]
+    launches = [node for node in nodes if not node.free]
+    inputs = (node for node in snapshot.nodes if node.op == "placeholder" and not node.graph)
+    written: Counter[tuple[str, ...]] = Counter()
+    for value in (value for node in launches for value in node.values if value.shape is not None):
+        number, symbols = _item_size(value.dtype), []
+        for size in value.shape or ():
+            if isinstance(size, int):
+                number *= size
+            else:
+                symbols.append(size if size.isidentifier() else f"({size})")
+        written[tuple(sorted(symbols))] += number
+    return Cost(
+        nodes=len(nodes),
+        launches=len(launches),
+        copies=sum(node.role in _SENT for node in inputs),
+        bytes=" + ".join("*".join([str(number), *symbols]) for symbols, number in sorted(written.items())) or "0",
+        unsized=sum(not node.values for node in launches),
+    )
+
+
+def _item_size(dtype: str) -> int:
+    bits = dtype.lstrip("abcdefghijklmnopqrstuvwxyz")
+    digits = bits.partition("_")[0].partition("e")[0]
+    return max(1, int(digits) // 8) if digits.isdigit() else 1

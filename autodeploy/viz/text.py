@@ -1,0 +1,150 @@
+"""A diff for the terminal: the summary as a tree of modules, then the folded differences node by node."""
+
+from __future__ import annotations
+
+import shutil
+import sys
+from typing import TYPE_CHECKING, TextIO
+
+from autodeploy import options
+from autodeploy.viz.fold import GLYPHS, Block, Line
+
+if TYPE_CHECKING:
+    from autodeploy.viz.classify import Entry
+    from autodeploy.viz.diff import GraphDiff
+    from autodeploy.viz.story import Cost, Story
+
+_COLORS = {"-": "31", "+": "32", "~": "33", ">": "36", "=": "35", "@": "1"}
+_SHOWN_MODULES = 6
+
+
+def render(diff: GraphDiff, width: int | None = None, *, color: bool = False) -> str:
+    """Summary, metadata story and unified lines; lines longer than `width` columns are cut, if it is given."""
+    parts = [summary(diff), *([story(diff.story)] if diff.story else []), unified(diff)]
+    lines = "\n\n".join(part for part in parts if part).splitlines()
+    return "\n".join(_painted(_cut(line, width), color) for line in lines)
+
+
+def print_diff(diff: GraphDiff, file: TextIO | None = None) -> None:
+    """Print as wide as the terminal and in colour; in full and plain where `file`, stdout by default, is none."""
+    file = sys.stdout if file is None else file
+    if not file.isatty():
+        print(render(diff), file=file)
+        return
+    width = shutil.get_terminal_size().columns
+    print(render(diff, width, color=options.from_environment().color), file=file)
+
+
+def summary(diff: GraphDiff) -> str:
+    """Counts, then every block with its lines below it."""
+    counts = {kind: number for kind, number in diff.summary()["kinds"].items() if number}
+    sizes = f"{len(diff.before.nodes)} -> {len(diff.after.nodes)} nodes"
+    kinds = ", ".join(f"{number} {kind}" for kind, number in counts.items())
+    lines = [f"{diff.before.title or 'before'} -> {diff.after.title or 'after'}: {sizes} ({kinds})"]
+    for block in diff.blocks:
+        lines += _tree(block)
+    return "\n".join(lines)
+
+
+def _tree(block: Block) -> list[str]:
+    times = f"{len(block.modules)} x " if len(block.modules) > 1 else ""
+    lines = [f"  {times}{block.path or '(outside modules)'}{_which(block)}"]
+    for module in dict.fromkeys(line.module for line in block.content):
+        indent = "    "
+        if module:
+            lines.append(f"    {module}")
+            indent = "      "
+        for line in block.content:
+            if line.module == module:
+                lines.append(f"{indent}{_repeated(line)}{line.text}")
+    return lines
+
+
+def _repeated(line: Line) -> str:
+    return f"{line.count} x " if line.count > 1 else ""
+
+
+def _which(block: Block) -> str:
+    """What `*` stands for."""
+    if len(block.modules) == 1:
+        return ""
+    prefix = block.path.partition("*")[0]
+    names = [module.removeprefix(prefix) for module in block.modules]
+    return f" ({', '.join(_ranges(names))})"
+
+
+def _ranges(names: list[str]) -> list[str]:
+    """Numbers in a row as a range: 0-3, 5."""
+    if not all(name.isdigit() for name in names):
+        return names[:_SHOWN_MODULES] + ["..."] * (len(names) > _SHOWN_MODULES)
+    rows: list[list[int]] = []
+    for number in sorted(map(int, names)):
+        if rows and rows[-1][-1] == number - 1:
+            rows[-1].append(number)
+        else:
+            rows.append([number])
+    return [str(row[0]) if len(row) == 1 else f"{row[0]}-{row[-1]}" for row in rows]
+
+
+def story(told: Story) -> str:
+    """What became of the metadata, who reads each field, and the ledger."""
+    fates = f"{told.moved} moved, {told.merged} merged, {told.replaced} replaced"
+    lines = [f"metadata: {told.before.nodes} nodes read by {told.subgraphs} others became one node ({fates})"]
+    rows = [["field", "value", "read by"]]
+    for field in told.fields:
+        readers = ", ".join(f"{number} x {op}" for op, number in field.readers.items())
+        name = field.name if field.op in field.name else f"{field.name} ({field.op})"
+        rows.append([name, field.value, readers or "(nobody)"])
+    lines += _table(rows)
+    rows = [["per step", "before", "after"]]
+    rows += [[name, _cost(told.before, name), _cost(told.after, name)] for name in _LEDGER]
+    return "\n".join(lines + _table(rows))
+
+
+_LEDGER = ("nodes", "launches", "copies", "bytes")
+
+
+def _cost(cost: Cost, name: str) -> str:
+    unsized = f" + {cost.unsized} of unknown shape" if name == "bytes" and cost.unsized else ""
+    return f"{getattr(cost, name)}{unsized}"
+
+
+def _table(rows: list[list[str]]) -> list[str]:
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    return ["  " + "  ".join(map(str.ljust, row, widths)).rstrip() for row in rows]
+
+
+def unified(diff: GraphDiff) -> str:
+    """The nodes behind each folded line, those of its first layer for all."""
+    lines = []
+    for block in diff.blocks:
+        for line in block.content:
+            number = len(line.entries)
+            others = f" (1 of {number} alike)" if number > 1 else ""
+            where = ".".join(part for part in (block.modules[0], line.module) if part)
+            lines.append(f"@ {where or '(outside modules)'}{others}")
+            lines += _nodes(diff, diff.changed[line.entries[0]])
+    return "\n".join(lines)
+
+
+def _nodes(diff: GraphDiff, entry: Entry) -> list[str]:
+    ones = [diff.before.format_node(diff.before.by_id[id]) for id in entry.before]
+    others = [diff.after.format_node(diff.after.by_id[id]) for id in entry.after]
+    if entry.kind == "merged":
+        return [f"= {line}" for line in ones] + [f"  {line}" for line in others]
+    if entry.kind in ("changed", "moved"):
+        details = "; ".join(map(str, entry.changes))
+        alone = entry.kind == "moved" or ones == others
+        lines = [f"{GLYPHS[entry.kind]} {others[0]}"] if alone else [f"- {ones[0]}", f"+ {others[0]}"]
+        return [*lines, f"    {details}"]
+    into = [f"    {change}" for change in entry.changes]
+    return [f"- {line}" for line in ones] + [f"+ {line}" for line in others] + into
+
+
+def _cut(line: str, width: int | None) -> str:
+    return line if width is None or len(line) <= width else line[: max(0, width - 3)] + "..."
+
+
+def _painted(line: str, color: bool) -> str:
+    code = _COLORS.get(line.lstrip()[:1])
+    return f"\033[{code}m{line}\033[0m" if color and code else line

@@ -1,0 +1,63 @@
+"""What a node computes, as text: dtype, shape and device, with symbolic sizes left as they are written."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import fx
+
+_SHORT = {"float": "f", "bfloat": "bf", "int": "i", "uint": "u", "complex": "c"}
+_SYMBOLS = {torch.SymInt: "int", torch.SymFloat: "float", torch.SymBool: "bool"}
+
+
+@dataclass(frozen=True)
+class Value:
+    """One output of a node. `shape` is None for a number, whose expression, where symbolic, is in `text`."""
+
+    dtype: str
+    shape: tuple[int | str, ...] | None = None
+    device: str = ""
+    text: str = ""
+
+    def __str__(self) -> str:
+        if self.shape is None:
+            return f"{self.dtype} {self.text}".strip()
+        return f"{self.short_dtype}[{', '.join(map(str, self.shape))}]"
+
+    @property
+    def short_dtype(self) -> str:
+        """`f32` for float32, `i64` for int64."""
+        letters = self.dtype.rstrip("0123456789")
+        return _SHORT.get(letters, letters) + self.dtype[len(letters) :]
+
+
+def read_values(node: fx.Node) -> tuple[Value, ...]:
+    """The outputs that `node` is known to have, none where nothing was recorded."""
+    for key in ("val", "example_value", "tensor_meta"):
+        if key in node.meta:
+            return value_leaves(node.meta[key])
+    return ()
+
+
+def value_leaves(value: Any) -> tuple[Value, ...]:
+    """One Value for each tensor or number in `value`, nested sequences and dicts flattened."""
+    if isinstance(value, dict):
+        value = list(value.values())
+    # TensorMetadata is a tuple of its fields.
+    if isinstance(value, list | tuple) and not hasattr(value, "dtype"):
+        return tuple(leaf for item in value for leaf in value_leaves(item))
+    if hasattr(value, "dtype") and hasattr(value, "shape"):
+        device = str(getattr(value, "device", ""))
+        return (Value(str(value.dtype).removeprefix("torch."), tuple(map(_size, value.shape)), device),)
+    if type(value) in _SYMBOLS:
+        return (Value(_SYMBOLS[type(value)], text=str(value)),)
+    if isinstance(value, bool | int | float):
+        return (Value(type(value).__name__, text=str(value)),)
+    return ()
+
+
+def _size(size: int | torch.SymInt) -> int | str:
+    # int() of a symbolic size would guard on it, and fails for one that depends on data.
+    return size if type(size) is int else str(size)
