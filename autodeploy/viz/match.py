@@ -14,6 +14,7 @@ from autodeploy.viz.side import Side, merkle, refine
 from autodeploy.viz.similar import pair_similar
 from autodeploy.viz.snapshot import Snapshot
 
+_NAMED = ("placeholder", "get_attr", "call_module", "output")  # the target says which
 Keys = dict[int, Hashable]
 HOPS = 3  # how far around a node the module-path stage looks at first
 
@@ -23,7 +24,8 @@ def match(before: Snapshot, after: Snapshot, manual: Mapping[str, str] | None = 
 
     Stages, in order: "manual" (names given by the caller, before to after), "merkle" (equal down to the graph's inputs
     and up to its outputs), "path" (module path, op and literals, told apart by their neighbourhood), "inputs" and
-    "outputs" (equal down or up, whatever the module), "neighbours" (next to a pair, to a fixed point), "similar".
+    "outputs" (equal down or up, whatever the module), "neighbours" (next to a pair, to a fixed point), "similar" (the
+    same op next to a pair or in the same module, with other literals).
     Raises OptionError for a manual name that no node has.
     """
     matcher = _Matcher(Side(before), Side(after), Links())
@@ -32,6 +34,7 @@ def match(before: Snapshot, after: Snapshot, manual: Mapping[str, str] | None = 
     for side in matcher.sides:
         side.below, side.above = merkle(side)
     matcher.add_equal("merkle", lambda side: {id: (side.below[id], side.above[id], side.path[id]) for id in side.left})
+    matcher.add_survivors()
     matcher.add_neighbours()
     for hops in range(HOPS, -1, -1):
         matcher.add_equal("path", lambda side, hops=hops: _around(side, hops), repeated=hops == HOPS)
@@ -39,15 +42,23 @@ def match(before: Snapshot, after: Snapshot, manual: Mapping[str, str] | None = 
     matcher.add_equal("inputs", lambda side: {id: side.below[id] for id in side.left}, repeated=False)
     matcher.add_equal("outputs", lambda side: {id: side.above[id] for id in side.left}, repeated=False)
     matcher.add_neighbours()
-    matcher.add_equal("path", lambda side: {id: (side.path[id], side.label[id]) for id in side.left})
+    matcher.add_equal("path", lambda side: _around(side, 0))
     matcher.add_neighbours()
-    pair_similar(one, other, matcher.links, matcher.pair)
+    for side in matcher.sides:
+        side.label = {node.id: (node.op, node.short_target) for node in side.snapshot.nodes}
+    matcher.fresh = list(matcher.links.pairs.items())
+    matcher.add_neighbours("similar")
+    while pair_similar(one, other, matcher.links, matcher.pair):
+        matcher.add_neighbours("similar")
     return matcher.links
 
 
 def _around(side: Side, hops: int) -> Keys:
     keys: Keys = {id: (side.path[id], side.label[id]) for id in side.left}
-    return refine(side, keys, hops) if hops else keys
+    if hops:
+        return refine(side, keys, hops)
+    # Without a module, an op and its literals say little.
+    return {id: key for id, key in keys.items() if side.path[id] or side.snapshot.by_id[id].op in _NAMED}
 
 
 class _Matcher:
@@ -81,21 +92,34 @@ class _Matcher:
                 for pair in zip(ids, others, strict=True):
                     self.pair(*pair, stage)
 
-    def add_neighbours(self) -> None:
+    def add_survivors(self) -> None:
+        """Pair what is left of equal computations with the first of those there were, of the same module if any is."""
+        one, other = self.sides
+        twins = [_grouped({id: side.below[id] for id in side.left}) for side in self.sides]
+        for key, ids in twins[0].items():
+            survivors = twins[1].get(key, [])
+            if len(ids) <= len(survivors):
+                continue
+            for survivor in survivors:
+                first = min(ids, key=lambda id: one.path[id] != other.path[survivor])
+                ids.remove(first)
+                self.pair(first, survivor, "merkle")
+
+    def add_neighbours(self, stage: str = "neighbours") -> None:
         """Pair what pairs read at the same place, and their only users of a kind, until nothing is added."""
         while self.fresh:
             before, after = self.fresh.pop()
             one, other = self.sides
-            self._pair_unique(_left(one, one.inputs[before]), _left(other, other.inputs[after]))
-            self._pair_unique(_left(one, one.users[before]), _left(other, other.users[after]))
+            self._pair_unique(stage, _left(one, one.inputs[before]), _left(other, other.inputs[after]))
+            self._pair_unique(stage, _left(one, one.users[before]), _left(other, other.users[after]))
 
-    def _pair_unique(self, ones: dict[Hashable, set[int]], others: dict[Hashable, set[int]]) -> None:
+    def _pair_unique(self, stage: str, ones: dict[Hashable, set[int]], others: dict[Hashable, set[int]]) -> None:
         for key, ids in ones.items():
             found = others.get(key, ())
             if len(ids) == len(found) == 1:
                 (before,), (after,) = ids, found
                 if before in self.sides[0].left and after in self.sides[1].left:
-                    self.pair(before, after, "neighbours")
+                    self.pair(before, after, stage)
 
 
 def _left(side: Side, edges: Iterable[tuple[str, int]]) -> dict[Hashable, set[int]]:

@@ -3,27 +3,35 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Hashable
+from itertools import product
 
 from autodeploy.viz.links import Links
 from autodeploy.viz.side import Side
 
-ENOUGH = 0.5  # of the neighbours, or of neighbours and name together
+ENOUGH = 0.5  # of inputs, users and name
+ENOUGH_ALONE = 0.25  # for the only two of their op in a module: more than the name
 MOST = 10_000  # comparisons of one op in one module; beyond, alikeness says little
 
 
-def pair_similar(before: Side, after: Side, links: Links, pair: Callable[[int, int, str], None]) -> None:
-    """Pair what is left, the most alike first, within one module and op."""
+def pair_similar(before: Side, after: Side, links: Links, pair: Callable[[int, int, str], None]) -> bool:
+    """Pair what is left, the most alike first, within one module and op; returns whether any were."""
     candidates = []
     others = _by_kind(after)
     for kind, ids in _by_kind(before).items():
         found = others.get(kind, [])
-        if len(ids) * len(found) <= MOST:
-            candidates += [(_alikeness(before, after, links, one, other), one, other) for one in ids for other in found]
-    place, other_place = before.snapshot.position, after.snapshot.position
-    candidates.sort(key=lambda found: (-found[0], abs(place[found[1]] - other_place[found[2]]), place[found[1]]))
-    for alikeness, one, other in candidates:
-        if alikeness >= ENOUGH and one in before.left and other in after.left:
+        enough = ENOUGH_ALONE if len(ids) == len(found) == 1 else ENOUGH
+        if len(ids) * len(found) > MOST:
+            continue
+        for one, other in product(ids, found):
+            alikeness = _alikeness(before, after, links, one, other)
+            if alikeness >= enough:
+                candidates.append((-alikeness, before.snapshot.position[one], after.snapshot.position[other], one, other))
+    any_paired = False
+    for *_, one, other in sorted(candidates):
+        if one in before.left and other in after.left:
             pair(one, other, "similar")
+            any_paired = True
+    return any_paired
 
 
 def _by_kind(side: Side) -> dict[Hashable, list[int]]:
@@ -37,8 +45,8 @@ def _by_kind(side: Side) -> dict[Hashable, list[int]]:
 def _alikeness(before: Side, after: Side, links: Links, one: int, other: int) -> float:
     """Between 0 and 1: how much of inputs, users and base name is the same."""
     inputs = _shared(dict(before.inputs[one]), dict(after.inputs[other]), links)
-    users = {links.pairs.get(user) for _, user in before.users[one]}
-    reached = {user for _, user in after.users[other]}
+    users = {(place, links.pairs.get(user)) for place, user in before.users[one]}
+    reached = set(after.users[other])
     used = len(users & reached) / max(len(users), len(reached), 1)
     names = [side.snapshot.name_of(id).rstrip("0123456789_") for side, id in ((before, one), (after, other))]
     return 0.4 * inputs + 0.4 * used + 0.2 * (names[0] == names[1])
