@@ -1,0 +1,146 @@
+"""The changed region of a diff as an SVG: one panel for each folded block, with what its nodes read and who reads them.
+
+All text is text, every name is escaped, and nothing is loaded from elsewhere; light or dark by the reader's setting.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from html import escape
+from typing import TYPE_CHECKING, Any
+
+from autodeploy.viz.fold import GLYPHS, Block
+from autodeploy.viz.layout import Box, place
+from autodeploy.viz.palette import COLORS, DASHES
+from autodeploy.viz.union import MAX_FAN_OUT
+
+if TYPE_CHECKING:
+    import networkx
+
+    from autodeploy.viz.diff import GraphDiff
+
+MAX_BOXES, MAX_PANEL = 150, 40
+_CHAR, _LINE, _MARGIN, _GAP = 6.7, 14, 16, (14.0, 30.0)
+_LONGEST = 44  # characters of a line in a box
+
+
+def draw(diff: GraphDiff) -> str:
+    """The SVG as text. What does not fit into `MAX_BOXES` boxes is counted at the end."""
+    graph = diff.to_networkx()
+    parts: list[str] = []
+    y, width, boxes, left_out = 56.0, 480.0, 0, 0
+    for block in diff.blocks:
+        keys = _panel_nodes(diff, graph, block)
+        room = min(MAX_PANEL, MAX_BOXES - boxes)
+        if room <= 0:
+            left_out += 1
+            continue
+        drawn, right, bottom = _panel(graph, block, keys[:room], len(keys) - len(keys[:room]), y)
+        parts += drawn
+        boxes, width, y = boxes + len(keys[:room]), max(width, right), bottom + _MARGIN
+    if left_out:
+        parts.append(_text(_MARGIN, y + _LINE, f"... and {left_out} more blocks", "dim"))
+        y += 2 * _LINE
+    head = _text(_MARGIN, 24, f"{diff.before.title or 'before'} → {diff.after.title or 'after'}", "title")
+    size = f"{width + _MARGIN:.0f} {max(y, 72.0):.0f}"
+    opening = f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {size}" width="{width + _MARGIN:.0f}">'
+    return "\n".join([opening, _style(), '<rect class="paper" width="100%" height="100%"/>', head, _legend(diff), *parts, "</svg>"])
+
+
+def _panel_nodes(diff: GraphDiff, graph: networkx.MultiDiGraph, block: Block) -> list[str]:
+    """The nodes of the first module of a block, then their unchanged neighbours."""
+    keys: dict[str, None] = {}
+    for line in block.content:
+        for index in line.entries[: line.count]:
+            entry = diff.changed[index]
+            paired = entry.kind in ("changed", "moved")
+            keys |= dict.fromkeys([] if paired else [f"b{id}" for id in entry.before])
+            keys |= dict.fromkeys(f"a{id}" for id in entry.after)
+    near = (other for key in list(keys) for other in (*graph.predecessors(key), *graph.successors(key)))
+    return [*keys, *dict.fromkeys(key for key in near if key not in keys and _is_context(graph.nodes[key]))]
+
+
+def _is_context(data: dict[str, Any]) -> bool:
+    """Whether an unchanged neighbour gets a box rather than a name."""
+    return data["op"] not in ("placeholder", "get_attr", "output") and data["fan_out"] <= MAX_FAN_OUT
+
+
+def _panel(
+    graph: networkx.MultiDiGraph, block: Block, keys: list[str], left_out: int, top: float
+) -> tuple[list[str], float, float]:
+    """The parts of one panel, its right end and its bottom."""
+    inside = set(keys)
+    lines = {key: _box_lines(graph, key, inside) for key in keys}
+    sizes = {key: (max(map(len, text)) * _CHAR + 16, len(text) * _LINE + 10.0) for key, text in lines.items()}
+    edges = [(source, user, kind) for source, user, kind in graph.edges(keys, data="kind") if user in inside]
+    boxes = place(sizes, [(source, user) for source, user, _ in edges], _GAP)
+    boxes = {key: Box(box.x + 2 * _MARGIN, box.y + top + 34, box.width, box.height) for key, box in boxes.items()}
+    right = max((box.x + box.width for box in boxes.values()), default=0.0) + _MARGIN
+    bottom = max((box.y + box.height for box in boxes.values()), default=top) + _MARGIN
+    times = f"{len(block.modules)} × " if len(block.modules) > 1 else ""
+    title = f"{times}{block.path or '(outside modules)'}" + (f"  (and {left_out} more nodes)" if left_out else "")
+    right = max(right, len(title) * _CHAR + 3 * _MARGIN)
+    frame = f'<rect class="frame" x="{_MARGIN}" y="{top:.1f}" width="{right - _MARGIN:.1f}" height="{bottom - top:.1f}" rx="6"/>'
+    parts = [frame, _text(_MARGIN + 10, top + 20, title, "name")]
+    parts += [_edge(boxes[source], boxes[user], kind) for source, user, kind in edges]
+    parts += [_box(boxes[key], lines[key], graph.nodes[key]) for key in keys]
+    return parts, right, bottom
+
+
+def _box_lines(graph: networkx.MultiDiGraph, key: str, inside: set[str]) -> list[str]:
+    """Glyph and op; name and value; what it reads from far away, by name."""
+    data = graph.nodes[key]
+    far = (source for source, _, kind in graph.in_edges(key, data="kind") if source not in inside and kind != "became")
+    ports = list(dict.fromkeys(graph.nodes[source]["name"] for source in far))
+    lines = [f"{GLYPHS[data['kind']]} {data['text']}".strip(), f"{data['name']} {data['value']}".strip(), data["changes"]]
+    lines += [f"◂ {', '.join(ports)}"] if ports else []
+    return [_shortened(line) for line in lines if line]
+
+
+def _shortened(line: str) -> str:
+    return line if len(line) <= _LONGEST else line[: _LONGEST - 1] + "…"
+
+
+def _box(box: Box, lines: list[str], data: dict[str, Any]) -> str:
+    dash = f' stroke-dasharray="{DASHES[data["kind"]]}"' if DASHES[data["kind"]] else ""
+    rect = f'<rect class="{data["kind"]}" x="{box.x:.1f}" y="{box.y:.1f}" width="{box.width:.1f}" height="{box.height:.1f}" rx="4"{dash}/>'
+    texts = [
+        _text(box.x + 8, box.y + (row + 1) * _LINE, line, "name" if row == 0 else "dim") for row, line in enumerate(lines)
+    ]
+    tip = f"<title>{escape(data['target'])} in {escape(data['module'] or data['graph'] or 'no module')}</title>"
+    return f"<g>{tip}{rect}{''.join(texts)}</g>"
+
+
+def _edge(source: Box, user: Box, kind: str) -> str:
+    x1, y1 = source.x + source.width / 2, source.y + source.height
+    x2, y2 = user.x + user.width / 2, user.y
+    middle = (y1 + y2) / 2
+    path = f"M{x1:.1f} {y1:.1f}C{x1:.1f} {middle:.1f} {x2:.1f} {middle:.1f} {x2:.1f} {y2:.1f}"
+    return f'<path class="edge {kind}-edge" d="{path}"/>'
+
+
+def _text(x: float, y: float, text: str, style: str) -> str:
+    return f'<text class="{style}" x="{x:.1f}" y="{y:.1f}">{escape(text)}</text>'
+
+
+def _legend(diff: GraphDiff) -> str:
+    counts = diff.summary()["kinds"]
+    words = [f"{GLYPHS[kind]} {number} {kind}".strip() for kind, number in counts.items() if number]
+    return _text(_MARGIN, 42, "   ".join(words), "dim")
+
+
+def _style() -> str:
+    light = _colors((kind, color.fill, color.line) for kind, color in COLORS.items())
+    dark = _colors((kind, color.dark_fill, color.dark_line) for kind, color in COLORS.items())
+    return (
+        "<style>text{font:12px ui-monospace,monospace;white-space:pre;fill:#111827}.title{font-weight:bold;font-size:15px}"
+        ".name{font-weight:bold}.dim{fill:#4b5563;font-size:11px}.paper{fill:#fff}.frame{fill:none;stroke:#9ca3af}"
+        ".edge{fill:none;stroke:#9ca3af;stroke-width:1.2}.added-edge{stroke:#007a5a;stroke-width:2}"
+        f".removed-edge{{stroke:#b23a00;stroke-dasharray:5 3}}.became-edge{{stroke:#c04f00;stroke-dasharray:1 3}}{light}"
+        "@media (prefers-color-scheme:dark){text{fill:#f3f4f6}.dim{fill:#c3c9d3}.paper{fill:#0d1117}"
+        f".added-edge{{stroke:#00c796}}.removed-edge{{stroke:#ff7f50}}.became-edge{{stroke:#e69f00}}{dark}}}</style>"
+    )
+
+
+def _colors(colors: Iterable[tuple[str, str, str]]) -> str:
+    return "".join(f"rect.{kind}{{fill:{fill};stroke:{line}}}" for kind, fill, line in colors)
