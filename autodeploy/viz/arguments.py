@@ -32,7 +32,7 @@ class Table:
     items: tuple[tuple[str, Argument], ...]
 
 
-Argument: TypeAlias = None | bool | int | float | str | Ref | Text | Table | tuple["Argument", ...]
+Argument: TypeAlias = bool | int | float | str | Ref | Text | Table | tuple["Argument", ...] | None
 Arguments: TypeAlias = tuple[tuple[str, Argument], ...]
 
 _ADDRESS = re.compile(r" at 0x[0-9a-f]+|\b0x[0-9a-f]{6,}")

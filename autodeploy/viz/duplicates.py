@@ -34,7 +34,7 @@ def _layout_only(snapshot: Snapshot, side: Side) -> set[int]:
         elif node.op == "get_attr":
             is_known = node.role == "constant"
         else:
-            is_known = node.target in _SIZES or bool(inputs) and all(source in known for source in inputs)
+            is_known = node.target in _SIZES or (bool(inputs) and all(source in known for source in inputs))
         if is_known and node.op != "output":
             known.add(id)
     return known

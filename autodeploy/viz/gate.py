@@ -107,17 +107,30 @@ def load(path: Path) -> Snapshot:
         return Trace.from_json(data).stages[-1].snapshot
     if schema == SCHEMA:
         return Snapshot.from_json(data)
-    raise OptionError(f"{path} is not a saved graph", fix="save one with Snapshot.of(gm).save(path) or torch.export.save")
+    raise OptionError(
+        f"{path} is not a saved graph", fix="save one with Snapshot.of(gm).save(path) or torch.export.save"
+    )
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The arguments of `autodeploy diff`."""
     parser.add_argument("before", type=Path, help="a saved snapshot or trace (.json), or an exported program (.pt2)")
     parser.add_argument("after", type=Path)
-    parser.add_argument("--fail-on", type=_names, metavar="LIST", help=f"of {','.join(CONDITIONS)}; any difference fails by default")
-    parser.add_argument("--expect", type=Path, metavar="FILE", help="the summary that the difference must have, as JSON")
+    parser.add_argument(
+        "--fail-on", type=_names, metavar="LIST", help=f"of {','.join(CONDITIONS)}; any difference fails by default"
+    )
+    parser.add_argument(
+        "--expect", type=Path, metavar="FILE", help="the summary that the difference must have, as JSON"
+    )
     parser.add_argument("--ignore", type=_names, default=[], metavar="LIST", help=f"of {','.join(IGNORABLE)}")
-    parser.add_argument("--save", type=Path, action="append", default=[], metavar="FILE", help="write .txt, .json, .svg, .dot or .me.json (repeatable)")
+    parser.add_argument(
+        "--save",
+        type=Path,
+        action="append",
+        default=[],
+        metavar="FILE",
+        help="write .txt, .json, .svg, .dot or .me.json (repeatable)",
+    )
     parser.add_argument("--summary", action="store_true", help="print the summary as JSON, to be kept for --expect")
 
 

@@ -19,11 +19,14 @@ class Box:
 
 
 def place(
-    sizes: Mapping[str, tuple[float, float]], edges: Iterable[tuple[str, str]], gap: tuple[float, float]
+    sizes: Mapping[str, tuple[float, float]],
+    edges: Iterable[tuple[str, str]],
+    gap: tuple[float, float],
+    max_width: float = float("inf"),
 ) -> dict[str, Box]:
     """A box for each of `sizes` (width, height), none overlapping; `gap` is between neighbours and between layers.
 
-    Edges that close a cycle are left out. Iterative, in time linear in boxes and edges.
+    A layer wider than `max_width` goes on below. Edges that close a cycle are left out. Iterative, in time linear in boxes and edges.
     """
     order, inputs, users = _acyclic(list(sizes), edges)
     layer: dict[str, int] = {}
@@ -37,7 +40,7 @@ def place(
     for key in order:
         rows[layer[key]].append(key)
     _reduce_crossings(rows, inputs, users)
-    return _positions(rows, sizes, inputs, gap)
+    return _positions(rows, sizes, inputs, gap, max_width)
 
 
 Near = dict[str, list[str]]
@@ -95,17 +98,23 @@ def _mean(values: Sequence[float], default: float) -> float:
 
 
 def _positions(
-    rows: list[list[str]], sizes: Mapping[str, tuple[float, float]], inputs: Near, gap: tuple[float, float]
+    rows: list[list[str]],
+    sizes: Mapping[str, tuple[float, float]],
+    inputs: Near,
+    gap: tuple[float, float],
+    max_width: float,
 ) -> dict[str, Box]:
     boxes: dict[str, Box] = {}
     y = 0.0
     for row in rows:
-        wished = [_mean([boxes[source].x + boxes[source].width / 2 for source in inputs[key]], -1) for key in row]
-        right = 0.0
-        for key, middle in zip(row, wished, strict=True):
-            width, height = sizes[key]
-            x = max(right, middle - width / 2)
-            boxes[key] = Box(x, y, width, height)
-            right = x + width + gap[0]
-        y += max((sizes[key][1] for key in row), default=0) + gap[1]
+        wished = {key: _mean([boxes[source].x + boxes[source].width / 2 for source in inputs[key]], -1) for key in row}
+        right = height = 0.0
+        for key in row:
+            width, own_height = sizes[key]
+            x = max(right, min(wished[key] - width / 2, max_width - width))
+            if right and x + width > max_width:
+                x, y, height = 0.0, y + height + gap[1] / 2, 0.0
+            boxes[key] = Box(x, y, width, own_height)
+            right, height = x + width + gap[0], max(height, own_height)
+        y += height + gap[1]
     return boxes

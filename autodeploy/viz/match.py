@@ -16,7 +16,7 @@ from autodeploy.viz.snapshot import Snapshot
 
 _NAMED = ("placeholder", "get_attr", "call_module", "output")  # the target says which
 Keys = dict[int, Hashable]
-HOPS = 3  # how far around a node the module-path stage looks at first
+HOPS = (3, 1, 0)  # how far around a node the module-path stage looks, in turn
 
 
 def match(before: Snapshot, after: Snapshot, manual: Mapping[str, str] | None = None) -> Links:
@@ -36,8 +36,8 @@ def match(before: Snapshot, after: Snapshot, manual: Mapping[str, str] | None = 
     matcher.add_equal("merkle", lambda side: {id: (side.below[id], side.above[id], side.path[id]) for id in side.left})
     matcher.add_survivors()
     matcher.add_neighbours()
-    for hops in range(HOPS, -1, -1):
-        matcher.add_equal("path", lambda side, hops=hops: _around(side, hops), repeated=hops == HOPS)
+    for hops in HOPS:
+        matcher.add_equal("path", lambda side, hops=hops: _around(side, hops), repeated=hops == HOPS[0])
         matcher.add_neighbours()
     matcher.add_equal("inputs", lambda side: {id: side.below[id] for id in side.left}, repeated=False)
     matcher.add_equal("outputs", lambda side: {id: side.above[id] for id in side.left}, repeated=False)

@@ -73,7 +73,9 @@ class Recorder:
     def __enter__(self) -> Recorder:
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
         if self._running is not None:
             self._finish(error=f"{type(error).__name__}: {error}" if error else "not finished")
         for node in self._ids:
@@ -110,7 +112,9 @@ class Recorder:
 
     def _id(self, node: fx.Node) -> int:
         if node not in self._ids:
-            self._ids[node] = next(self._numbers)  # a node that is not in the graph, of which a broken graph still reads
+            self._ids[node] = next(
+                self._numbers
+            )  # a node that is not in the graph, of which a broken graph still reads
         return self._ids[node]
 
     def _number(self, gm: fx.GraphModule) -> dict[int, tuple[int, ...]]:

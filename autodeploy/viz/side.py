@@ -64,4 +64,5 @@ def refine(side: Side, keys: dict[int, Hashable], hops: int) -> dict[int, Hashab
 
 
 def _bag(items: Iterable[Hashable]) -> tuple[int, ...]:
-    return tuple(sorted(map(hash, items)))
+    hashes = [hash(item) for item in items]
+    return tuple(sorted(hashes)) if len(hashes) > 1 else tuple(hashes)

@@ -25,7 +25,9 @@ def pair_similar(before: Side, after: Side, links: Links, pair: Callable[[int, i
         for one, other in product(ids, found):
             alikeness = _alikeness(before, after, links, one, other)
             if alikeness >= enough:
-                candidates.append((-alikeness, before.snapshot.position[one], after.snapshot.position[other], one, other))
+                candidates.append(
+                    (-alikeness, before.snapshot.position[one], after.snapshot.position[other], one, other)
+                )
     any_paired = False
     for *_, one, other in sorted(candidates):
         if one in before.left and other in after.left:

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import count
+from pathlib import Path
 from typing import Any
 
 from torch import fx
@@ -80,6 +82,10 @@ class Snapshot:
     def to_json(self) -> dict[str, Any]:
         """Plain data with a versioned schema; keys at their default are left out."""
         return {"schema": SCHEMA, "title": self.title, "nodes": [node_to_json(node) for node in self.nodes]}
+
+    def save(self, path: str | Path) -> None:
+        """Write as JSON, for `autodeploy diff`."""
+        Path(path).write_text(json.dumps(self.to_json(), indent=1) + "\n", encoding="utf-8")
 
     @staticmethod
     def from_json(data: dict[str, Any]) -> Snapshot:

@@ -20,8 +20,9 @@ if TYPE_CHECKING:
     from autodeploy.viz.diff import GraphDiff
 
 MAX_BOXES, MAX_PANEL = 150, 40
-_CHAR, _LINE, _MARGIN, _GAP = 6.7, 14, 16, (14.0, 30.0)
+_CHAR, _LINE, _MARGIN, _GAP = 7.3, 14, 16, (14.0, 30.0)
 _LONGEST = 44  # characters of a line in a box
+_WIDEST = 1180.0
 
 
 def draw(diff: GraphDiff) -> str:
@@ -44,25 +45,30 @@ def draw(diff: GraphDiff) -> str:
     head = _text(_MARGIN, 24, f"{diff.before.title or 'before'} → {diff.after.title or 'after'}", "title")
     size = f"{width + _MARGIN:.0f} {max(y, 72.0):.0f}"
     opening = f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {size}" width="{width + _MARGIN:.0f}">'
-    return "\n".join([opening, _style(), '<rect class="paper" width="100%" height="100%"/>', head, _legend(diff), *parts, "</svg>"])
+    return "\n".join(
+        [opening, _style(), '<rect class="paper" width="100%" height="100%"/>', head, _legend(diff), *parts, "</svg>"]
+    )
 
 
 def _panel_nodes(diff: GraphDiff, graph: networkx.MultiDiGraph, block: Block) -> list[str]:
-    """The nodes of the first module of a block, then their unchanged neighbours."""
+    """The nodes of the first module of a block, then their unchanged neighbours; not what only hands values on."""
     keys: dict[str, None] = {}
+    shown: dict[str, None] = {}
     for line in block.content:
         for index in line.entries[: line.count]:
             entry = diff.changed[index]
             paired = entry.kind in ("changed", "moved")
             keys |= dict.fromkeys([] if paired else [f"b{id}" for id in entry.before])
-            keys |= dict.fromkeys(f"a{id}" for id in entry.after)
-    near = (other for key in list(keys) for other in (*graph.predecessors(key), *graph.successors(key)))
-    return [*keys, *dict.fromkeys(key for key in near if key not in keys and _is_context(graph.nodes[key]))]
+            keys |= dict.fromkeys(f"a{id}" for id in entry.after if id not in diff.after.source_of)
+            shown |= {} if entry.kind == "merged" else keys
+    near = (other for key in shown for other in (*graph.predecessors(key), *graph.successors(key)))
+    return [*keys, *dict.fromkeys(other for other in near if other not in keys and _is_context(graph.nodes[other]))]
 
 
 def _is_context(data: dict[str, Any]) -> bool:
     """Whether an unchanged neighbour gets a box rather than a name."""
-    return data["op"] not in ("placeholder", "get_attr", "output") and data["fan_out"] <= MAX_FAN_OUT
+    named = data["op"] in ("placeholder", "get_attr", "output") or data["fan_out"] > MAX_FAN_OUT
+    return data["kind"] == "unchanged" and not named
 
 
 def _panel(
@@ -73,14 +79,14 @@ def _panel(
     lines = {key: _box_lines(graph, key, inside) for key in keys}
     sizes = {key: (max(map(len, text)) * _CHAR + 16, len(text) * _LINE + 10.0) for key, text in lines.items()}
     edges = [(source, user, kind) for source, user, kind in graph.edges(keys, data="kind") if user in inside]
-    boxes = place(sizes, [(source, user) for source, user, _ in edges], _GAP)
+    boxes = place(sizes, [(source, user) for source, user, _ in edges], _GAP, _WIDEST)
     boxes = {key: Box(box.x + 2 * _MARGIN, box.y + top + 34, box.width, box.height) for key, box in boxes.items()}
     right = max((box.x + box.width for box in boxes.values()), default=0.0) + _MARGIN
     bottom = max((box.y + box.height for box in boxes.values()), default=top) + _MARGIN
     times = f"{len(block.modules)} × " if len(block.modules) > 1 else ""
     title = f"{times}{block.path or '(outside modules)'}" + (f"  (and {left_out} more nodes)" if left_out else "")
     right = max(right, len(title) * _CHAR + 3 * _MARGIN)
-    frame = f'<rect class="frame" x="{_MARGIN}" y="{top:.1f}" width="{right - _MARGIN:.1f}" height="{bottom - top:.1f}" rx="6"/>'
+    frame = _rect("frame", Box(_MARGIN, top, right - _MARGIN, bottom - top), 6)
     parts = [frame, _text(_MARGIN + 10, top + 20, title, "name")]
     parts += [_edge(boxes[source], boxes[user], kind) for source, user, kind in edges]
     parts += [_box(boxes[key], lines[key], graph.nodes[key]) for key in keys]
@@ -88,13 +94,13 @@ def _panel(
 
 
 def _box_lines(graph: networkx.MultiDiGraph, key: str, inside: set[str]) -> list[str]:
-    """Glyph and op; name and value; what it reads from far away, by name."""
+    """Glyph and op; name and value; what changed; what it reads from far away, by name."""
     data = graph.nodes[key]
     far = (source for source, _, kind in graph.in_edges(key, data="kind") if source not in inside and kind != "became")
     ports = list(dict.fromkeys(graph.nodes[source]["name"] for source in far))
-    lines = [f"{GLYPHS[data['kind']]} {data['text']}".strip(), f"{data['name']} {data['value']}".strip(), data["changes"]]
+    lines = [f"{GLYPHS[data['kind']]} {data['text']}", f"{data['name']} {data['value']}", data["changes"]]
     lines += [f"◂ {', '.join(ports)}"] if ports else []
-    return [_shortened(line) for line in lines if line]
+    return [_shortened(line.strip()) for line in lines if line]
 
 
 def _shortened(line: str) -> str:
@@ -102,13 +108,15 @@ def _shortened(line: str) -> str:
 
 
 def _box(box: Box, lines: list[str], data: dict[str, Any]) -> str:
-    dash = f' stroke-dasharray="{DASHES[data["kind"]]}"' if DASHES[data["kind"]] else ""
-    rect = f'<rect class="{data["kind"]}" x="{box.x:.1f}" y="{box.y:.1f}" width="{box.width:.1f}" height="{box.height:.1f}" rx="4"{dash}/>'
-    texts = [
-        _text(box.x + 8, box.y + (row + 1) * _LINE, line, "name" if row == 0 else "dim") for row, line in enumerate(lines)
-    ]
+    rows = [(line, "name" if row == 0 else "dim", box.y + (row + 1) * _LINE) for row, line in enumerate(lines)]
+    texts = "".join(_text(box.x + 8, y, line, style) for line, style, y in rows)
     tip = f"<title>{escape(data['target'])} in {escape(data['module'] or data['graph'] or 'no module')}</title>"
-    return f"<g>{tip}{rect}{''.join(texts)}</g>"
+    return f"<g>{tip}{_rect(data['kind'], box, 4, DASHES[data['kind']])}{texts}</g>"
+
+
+def _rect(style: str, box: Box, radius: int, dash: str = "") -> str:
+    place = f'x="{box.x:.1f}" y="{box.y:.1f}" width="{box.width:.1f}" height="{box.height:.1f}" rx="{radius}"'
+    return f'<rect class="{style}" {place}' + (f' stroke-dasharray="{dash}"/>' if dash else "/>")
 
 
 def _edge(source: Box, user: Box, kind: str) -> str:
@@ -126,20 +134,25 @@ def _text(x: float, y: float, text: str, style: str) -> str:
 def _legend(diff: GraphDiff) -> str:
     counts = diff.summary()["kinds"]
     words = [f"{GLYPHS[kind]} {number} {kind}".strip() for kind, number in counts.items() if number]
-    return _text(_MARGIN, 42, "   ".join(words), "dim")
+    return _text(_MARGIN, 42, " · ".join(words), "dim")
 
 
 def _style() -> str:
     light = _colors((kind, color.fill, color.line) for kind, color in COLORS.items())
     dark = _colors((kind, color.dark_fill, color.dark_line) for kind, color in COLORS.items())
-    return (
-        "<style>text{font:12px ui-monospace,monospace;white-space:pre;fill:#111827}.title{font-weight:bold;font-size:15px}"
-        ".name{font-weight:bold}.dim{fill:#4b5563;font-size:11px}.paper{fill:#fff}.frame{fill:none;stroke:#9ca3af}"
-        ".edge{fill:none;stroke:#9ca3af;stroke-width:1.2}.added-edge{stroke:#007a5a;stroke-width:2}"
-        f".removed-edge{{stroke:#b23a00;stroke-dasharray:5 3}}.became-edge{{stroke:#c04f00;stroke-dasharray:1 3}}{light}"
-        "@media (prefers-color-scheme:dark){text{fill:#f3f4f6}.dim{fill:#c3c9d3}.paper{fill:#0d1117}"
-        f".added-edge{{stroke:#00c796}}.removed-edge{{stroke:#ff7f50}}.became-edge{{stroke:#e69f00}}{dark}}}</style>"
-    )
+    return f"<style>{_LIGHT}{light}@media (prefers-color-scheme:dark){{{_DARK}{dark}}}</style>"
+
+
+_LIGHT = (
+    "text{font:12px ui-monospace,monospace;white-space:pre;fill:#111827}.title{font-weight:bold;font-size:15px}"
+    ".name{font-weight:bold}.dim{fill:#4b5563;font-size:11px}.paper{fill:#fff}.frame{fill:none;stroke:#9ca3af}"
+    ".edge{fill:none;stroke:#9ca3af;stroke-width:1.2}.added-edge{stroke:#007a5a;stroke-width:2}"
+    ".removed-edge{stroke:#b23a00;stroke-dasharray:5 3}.became-edge{stroke:#c04f00;stroke-dasharray:1 3}"
+)
+_DARK = (
+    "text{fill:#f3f4f6}.dim{fill:#c3c9d3}.paper{fill:#0d1117}.added-edge{stroke:#00c796}"
+    ".removed-edge{stroke:#ff7f50}.became-edge{stroke:#e69f00}"
+)
 
 
 def _colors(colors: Iterable[tuple[str, str, str]]) -> str:

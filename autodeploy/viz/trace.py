@@ -6,6 +6,7 @@ import json
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from functools import cached_property
+from pathlib import Path
 from typing import Any
 
 from autodeploy.viz.diff import GraphDiff
@@ -101,6 +102,10 @@ class Trace:
         pool: dict[str, int] = {}
         stages = [_stage_to_json(stage, pool) for stage in self.stages]
         return {"schema": SCHEMA, "nodes": [json.loads(node) for node in pool], "stages": stages}
+
+    def save(self, path: str | Path) -> None:
+        """Write as JSON; `autodeploy diff` reads its last stage."""
+        Path(path).write_text(json.dumps(self.to_json()) + "\n", encoding="utf-8")
 
     @staticmethod
     def from_json(data: dict[str, Any]) -> Trace:
