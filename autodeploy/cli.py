@@ -20,10 +20,10 @@ _ERROR, _INTERRUPTED, _READER_GONE = 2, 130, 141
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run one command and return its exit code: 0, 2 for a user's mistake, 130 for Ctrl-C."""
+    """Run one command and return its exit code: 0, 1 for a failed check, 2 for a user's mistake, 130 for Ctrl-C."""
     args = _parser().parse_args(argv)
     try:
-        args.run(args)
+        code = args.run(args) or 0
         sys.stdout.flush()
     except AutodeployError as error:
         print(f"{_error_label()} {error}", file=sys.stderr)
@@ -35,7 +35,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         # The reader, such as `head`, has left; the interpreter would complain when it flushes stdout once more.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return _READER_GONE
-    return 0
+    return code
 
 
 def _error_label() -> str:
@@ -48,6 +48,7 @@ def _parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(required=True, metavar="command")
     _add_generate(commands.add_parser("generate", help="answer one prompt or several at once"))
     _add_apply(commands.add_parser("apply", help="run the passes on a model and show what they did"))
+    _add_diff(commands.add_parser("diff", help="compare two saved graphs, and fail on what must not change"))
     for name, meaning in {
         "passes": "the passes in their order",
         "fields": "the metadata that can be derived from a batch's layout",
@@ -93,6 +94,13 @@ def _add_apply(parser: argparse.ArgumentParser) -> None:
     _add_model(parser)
     parser.add_argument("--save", type=Path, metavar="DIR", help="write report.txt, graph_before.txt, graph_after.txt")
     parser.set_defaults(run=_apply)
+
+
+def _add_diff(parser: argparse.ArgumentParser) -> None:
+    from autodeploy.viz import gate
+
+    gate.add_arguments(parser)
+    parser.set_defaults(run=gate.run)
 
 
 def _generate(args: argparse.Namespace) -> None:

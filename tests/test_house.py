@@ -40,10 +40,11 @@ ALLOWED = {
     "passes": _CORE,
     "lowering": _CORE | {"report"},
     "step_cache": _CORE | {"lowering"},
+    "viz": _BASE | {"graph"},
     "backend": _CORE | {"passes", "report", "trace", "verify"},
     "llm": _CORE | {"backend", "lowering", "models", "report", "runtime", "step_cache", "trace"},
     "doctor": _BASE | {"ops", "metadata", "passes"},
-    "cli": _BASE | {"backend", "doctor", "llm", "models", "runtime", "trace"},
+    "cli": _BASE | {"backend", "doctor", "llm", "models", "runtime", "trace", "viz"},
     "__main__": {"cli"},
     "__init__": _CORE | {"backend", "llm", "runtime", "trace"},
 }

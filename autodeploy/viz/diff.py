@@ -19,6 +19,7 @@ from autodeploy.viz.fold import Block, fold
 from autodeploy.viz.infer import infer_fates
 from autodeploy.viz.links import Links
 from autodeploy.viz.match import match
+from autodeploy.viz.pause import collector_paused
 from autodeploy.viz.snapshot import Snapshot, check_schema
 from autodeploy.viz.story import Story, tell
 
@@ -56,10 +57,11 @@ class GraphDiff:
                 raise UnknownName("thing to ignore", name, IGNORABLE)
         one = before if isinstance(before, Snapshot) else Snapshot.of(before, "before")
         other = after if isinstance(after, Snapshot) else Snapshot.of(after, "after")
-        if links is None:
-            links = match(one, other, manual)
-            infer_fates(one, other, links)
-        return GraphDiff(one, other, classify(one, other, links, ignore))
+        with collector_paused():
+            if links is None:
+                links = match(one, other, manual)
+                infer_fates(one, other, links)
+            return GraphDiff(one, other, classify(one, other, links, ignore))
 
     @property
     def is_empty(self) -> bool:

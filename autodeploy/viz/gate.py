@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import difflib
 import json
+import sys
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
@@ -76,8 +77,8 @@ def failures(diff: GraphDiff, fail_on: Iterable[str] | None, expect: dict[str, A
     """
     found = []
     if expect is not None and (summary := diff.summary()) != expect:
-        lines = [json.dumps(side, indent=1, sort_keys=True).splitlines() for side in (expect, summary)]
-        found += list(difflib.unified_diff(*lines, "expected", "found", lineterm=""))
+        wanted, got = (json.dumps(side, indent=1, sort_keys=True).splitlines() for side in (expect, summary))
+        found += list(difflib.unified_diff(wanted, got, "expected", "found", lineterm=""))
     for name in fail_on or ():
         if name not in CONDITIONS:
             raise UnknownName("condition", name, CONDITIONS)
@@ -146,7 +147,7 @@ def run(args: argparse.Namespace) -> int:
     if args.summary:
         print(json.dumps(diff.summary(), indent=1))
     elif not diff.is_empty:
-        print_diff(diff)
+        print_diff(diff, sys.stdout)
     for path in args.save:
         diff.save(path)
     for line in found:

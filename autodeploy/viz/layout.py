@@ -26,7 +26,7 @@ def place(
 ) -> dict[str, Box]:
     """A box for each of `sizes` (width, height), none overlapping; `gap` is between neighbours and between layers.
 
-    A layer wider than `max_width` goes on below. Edges that close a cycle are left out. Iterative, in time linear in boxes and edges.
+    A layer wider than `max_width` goes on below. Edges that close a cycle are left out. Iterative.
     """
     order, inputs, users = _acyclic(list(sizes), edges)
     layer: dict[str, int] = {}

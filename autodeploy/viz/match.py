@@ -115,11 +115,12 @@ class _Matcher:
 
     def _pair_unique(self, stage: str, ones: dict[Hashable, set[int]], others: dict[Hashable, set[int]]) -> None:
         for key, ids in ones.items():
-            found = others.get(key, ())
-            if len(ids) == len(found) == 1:
-                (before,), (after,) = ids, found
-                if before in self.sides[0].left and after in self.sides[1].left:
-                    self.pair(before, after, stage)
+            found = others.get(key, set())
+            if not len(ids) == len(found) == 1:
+                continue
+            (before,), (after,) = ids, found
+            if before in self.sides[0].left and after in self.sides[1].left:
+                self.pair(before, after, stage)
 
 
 def _left(side: Side, edges: Iterable[tuple[str, int]]) -> dict[Hashable, set[int]]:

@@ -15,7 +15,7 @@ class Color(NamedTuple):
 
 
 # Hues of Okabe and Ito, https://jfly.uni-koeln.de/color, made light for the fills.
-COLORS = {
+COLORS: dict[str, Color] = {
     "unchanged": Color("#f3f4f6", "#9ca3af", "#1f2937", "#6b7280"),
     "changed": Color("#fdf3c7", "#b8860b", "#3d3310", "#f0e442"),
     "moved": Color("#dcf0fb", "#0072b2", "#0d2c3f", "#56b4e9"),
@@ -24,7 +24,7 @@ COLORS = {
     "removed": Color("#fbdcd5", "#b23a00", "#431a0c", "#ff7f50"),
     "added": Color("#d3f1e7", "#007a5a", "#0b3327", "#00c796"),
 }
-DASHES = {
+DASHES: dict[str, str] = {
     "removed": "5 3",
     "merged": "2 3",
     "moved": "8 3",

@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from itertools import count
 from types import TracebackType
-from typing import Protocol
+from typing import Protocol, Self
 
 from torch import fx
 
@@ -70,7 +70,7 @@ class Recorder:
         """Keep what the pass did."""
         self._finish(record=record)
 
-    def __enter__(self) -> Recorder:
+    def __enter__(self) -> Self:
         return self
 
     def __exit__(

@@ -32,7 +32,9 @@ def see_through(nodes: Sequence[Node]) -> dict[int, int]:
         passed = [argument for name, argument in call.arguments if name != "module"]
         inputs = [node for node in inner[path] if node.op == "placeholder"]
         step |= {node.id: arg.id for node, arg in zip(inputs, passed, strict=False) if isinstance(arg, Ref)}
-        results |= {call.id: node.arguments[0][1] for node in inner[path] if node.op == "output" and node.arguments}
+        for node in inner[path]:
+            if node.op == "output" and node.arguments:
+                results[call.id] = node.arguments[0][1]
     step |= {call: result.id for call, result in results.items() if isinstance(result, Ref)}
     for node in nodes:
         if node.target == "operator.getitem":

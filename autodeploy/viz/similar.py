@@ -15,6 +15,7 @@ MOST = 10_000  # comparisons of one op in one module; beyond, alikeness says lit
 
 def pair_similar(before: Side, after: Side, links: Links, pair: Callable[[int, int, str], None]) -> bool:
     """Pair what is left, the most alike first, within one module and op; returns whether any were."""
+    place, other_place = before.snapshot.position, after.snapshot.position
     candidates = []
     others = _by_kind(after)
     for kind, ids in _by_kind(before).items():
@@ -25,9 +26,7 @@ def pair_similar(before: Side, after: Side, links: Links, pair: Callable[[int, i
         for one, other in product(ids, found):
             alikeness = _alikeness(before, after, links, one, other)
             if alikeness >= enough:
-                candidates.append(
-                    (-alikeness, before.snapshot.position[one], after.snapshot.position[other], one, other)
-                )
+                candidates.append((-alikeness, place[one], other_place[other], one, other))
     any_paired = False
     for *_, one, other in sorted(candidates):
         if one in before.left and other in after.left:

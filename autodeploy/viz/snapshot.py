@@ -15,6 +15,7 @@ from torch import fx
 from autodeploy.errors import OptionError
 from autodeploy.viz.arguments import Ref, format_argument
 from autodeploy.viz.node import Node, node_from_json, node_to_json
+from autodeploy.viz.pause import collector_paused
 from autodeploy.viz.read import graphs_of, read_nodes
 from autodeploy.viz.seethrough import see_through
 
@@ -34,7 +35,8 @@ class Snapshot:
         if id_of is None:
             numbers = count()
             id_of = {node: next(numbers) for _, module in graphs_of(gm) for node in module.graph.nodes}.__getitem__
-        return Snapshot(tuple(read_nodes(gm, id_of)), title)
+        with collector_paused():
+            return Snapshot(tuple(read_nodes(gm, id_of)), title)
 
     @cached_property
     def by_id(self) -> dict[int, Node]:

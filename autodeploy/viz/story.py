@@ -42,8 +42,9 @@ class Cost:
 
 @dataclass(frozen=True)
 class Story:
-    """`subgraphs`: parts of the old metadata that read nothing of each other. `moved`, `merged`, `replaced`: what became
-    of its nodes."""
+    """`subgraphs`: parts of the old metadata that read nothing of each other. `moved`, `merged`, `replaced`: what
+    became of its nodes.
+    """
 
     subgraphs: int
     moved: int

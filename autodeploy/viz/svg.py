@@ -83,7 +83,7 @@ def _panel(
     boxes = {key: Box(box.x + 2 * _MARGIN, box.y + top + 34, box.width, box.height) for key, box in boxes.items()}
     right = max((box.x + box.width for box in boxes.values()), default=0.0) + _MARGIN
     bottom = max((box.y + box.height for box in boxes.values()), default=top) + _MARGIN
-    times = f"{len(block.modules)} × " if len(block.modules) > 1 else ""
+    times = f"{len(block.modules)} x " if len(block.modules) > 1 else ""
     title = f"{times}{block.path or '(outside modules)'}" + (f"  (and {left_out} more nodes)" if left_out else "")
     right = max(right, len(title) * _CHAR + 3 * _MARGIN)
     frame = _rect("frame", Box(_MARGIN, top, right - _MARGIN, bottom - top), 6)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import shutil
-import sys
 from typing import TYPE_CHECKING, TextIO
 
 from autodeploy import options
@@ -25,9 +24,8 @@ def render(diff: GraphDiff, width: int | None = None, *, color: bool = False) ->
     return "\n".join(_painted(_cut(line, width), color) for line in lines)
 
 
-def print_diff(diff: GraphDiff, file: TextIO | None = None) -> None:
-    """Print as wide as the terminal and in colour; in full and plain where `file`, stdout by default, is none."""
-    file = sys.stdout if file is None else file
+def print_diff(diff: GraphDiff, file: TextIO) -> None:
+    """Print as wide as the terminal and in colour; in full and plain where `file` is none."""
     if not file.isatty():
         print(render(diff), file=file)
         return

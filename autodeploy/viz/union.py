@@ -1,4 +1,4 @@
-"""Both graphs of a diff as one networkx graph: pairs are one node, so that a drawing shows what stayed and what went."""
+"""Both graphs of a diff as one networkx graph: a pair is one node, so that it shows what stayed and what went."""
 
 from __future__ import annotations
 

@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from torch import fx
+from torch.fx.passes.shape_prop import TensorMetadata
 
 _SHORT = {"float": "f", "bfloat": "bf", "int": "i", "uint": "u", "complex": "c"}
 _SYMBOLS = {torch.SymInt: "int", torch.SymFloat: "float", torch.SymBool: "bool"}
@@ -45,12 +46,11 @@ def value_leaves(value: Any) -> tuple[Value, ...]:
     """One Value for each tensor or number in `value`, nested sequences and dicts flattened."""
     if isinstance(value, dict):
         value = list(value.values())
-    # TensorMetadata is a tuple of its fields.
-    if isinstance(value, list | tuple) and not hasattr(value, "dtype"):
-        return tuple(leaf for item in value for leaf in value_leaves(item))
-    if hasattr(value, "dtype") and hasattr(value, "shape"):
+    if isinstance(value, torch.Tensor | TensorMetadata):
         device = str(getattr(value, "device", ""))
         return (Value(str(value.dtype).removeprefix("torch."), tuple(map(_size, value.shape)), device),)
+    if isinstance(value, list | tuple):
+        return tuple(leaf for item in value for leaf in value_leaves(item))
     if type(value) in _SYMBOLS:
         return (Value(_SYMBOLS[type(value)], text=str(value)),)
     if isinstance(value, bool | int | float):
