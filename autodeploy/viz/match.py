@@ -39,18 +39,21 @@ def match(before: Snapshot, after: Snapshot, manual: Mapping[str, str] | None = 
     for hops in HOPS:
         matcher.add_equal("path", lambda side, hops=hops: _around(side, hops), repeated=hops == HOPS[0])
         matcher.add_neighbours()
+    matcher.widen({side: side.label for side in matcher.sides})
     matcher.add_equal("inputs", lambda side: {id: side.below[id] for id in side.left}, repeated=False)
     matcher.add_equal("outputs", lambda side: {id: side.above[id] for id in side.left}, repeated=False)
     matcher.add_neighbours()
     matcher.add_equal("path", lambda side: _around(side, 0))
     matcher.add_neighbours()
-    for side in matcher.sides:
-        side.label = {node.id: (node.op, node.short_target) for node in side.snapshot.nodes}
-    matcher.fresh = list(matcher.links.pairs.items())
-    matcher.add_neighbours("similar")
+    matcher.widen({side: _ops(side) for side in matcher.sides}, "similar")
     while pair_similar(one, other, matcher.links, matcher.pair):
         matcher.add_neighbours("similar")
     return matcher.links
+
+
+def _ops(side: Side) -> dict[int, Hashable]:
+    """What each node does, whatever its literals; a name is as good as another."""
+    return {node.id: node.op if node.op in _NAMED else (node.op, node.short_target) for node in side.snapshot.nodes}
 
 
 def _around(side: Side, hops: int) -> Keys:
@@ -66,6 +69,9 @@ class _Matcher:
         self.sides = (before, after)
         self.links = links
         self.fresh: list[tuple[int, int]] = []  # pairs whose neighbours were not looked at yet
+        self.alike: dict[Side, dict[int, Hashable]] = {
+            side: {id: (side.path[id], label) for id, label in side.label.items()} for side in self.sides
+        }
 
     def pair(self, before: int, after: int, stage: str) -> None:
         self.links.pair(before, after, stage)
@@ -110,8 +116,23 @@ class _Matcher:
         while self.fresh:
             before, after = self.fresh.pop()
             one, other = self.sides
-            self._pair_unique(stage, _left(one, one.inputs[before]), _left(other, other.inputs[after]))
-            self._pair_unique(stage, _left(one, one.users[before]), _left(other, other.users[after]))
+            self._pair_unique(stage, self._left(one, one.inputs[before]), self._left(other, other.inputs[after]))
+            self._pair_unique(stage, self._left(one, one.users[before]), self._left(other, other.users[after]))
+
+    def widen(self, alike: dict[Side, dict[int, Hashable]], stage: str = "neighbours") -> None:
+        """Look at the neighbours of all pairs again, by what is alike now."""
+        self.alike = alike
+        self.fresh = list(self.links.pairs.items())
+        self.add_neighbours(stage)
+
+    def _left(self, side: Side, edges: Iterable[tuple[str, int]]) -> dict[Hashable, set[int]]:
+        """Unpaired ends of `edges` by place and what makes them alike."""
+        alike = self.alike[side]
+        groups: dict[Hashable, set[int]] = {}
+        for place, id in edges:
+            if id in side.left:
+                groups.setdefault((place, alike[id]), set()).add(id)
+        return groups
 
     def _pair_unique(self, stage: str, ones: dict[Hashable, set[int]], others: dict[Hashable, set[int]]) -> None:
         for key, ids in ones.items():
@@ -121,15 +142,6 @@ class _Matcher:
             (before,), (after,) = ids, found
             if before in self.sides[0].left and after in self.sides[1].left:
                 self.pair(before, after, stage)
-
-
-def _left(side: Side, edges: Iterable[tuple[str, int]]) -> dict[Hashable, set[int]]:
-    """Unpaired ends of `edges` by place and what they do."""
-    groups: dict[Hashable, set[int]] = {}
-    for place, id in edges:
-        if id in side.left:
-            groups.setdefault((place, side.label[id]), set()).add(id)
-    return groups
 
 
 def _grouped(keys: Keys) -> dict[Hashable, list[int]]:

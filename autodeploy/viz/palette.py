@@ -24,12 +24,4 @@ COLORS: dict[str, Color] = {
     "removed": Color("#fbdcd5", "#b23a00", "#431a0c", "#ff7f50"),
     "added": Color("#d3f1e7", "#007a5a", "#0b3327", "#00c796"),
 }
-DASHES: dict[str, str] = {
-    "removed": "5 3",
-    "merged": "2 3",
-    "moved": "8 3",
-    "unchanged": "",
-    "changed": "",
-    "replaced": "",
-    "added": "",
-}
+DASHES: dict[str, str] = dict.fromkeys(COLORS, "") | {"removed": "5 3", "merged": "2 3", "moved": "8 3"}
