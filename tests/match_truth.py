@@ -119,9 +119,7 @@ def _recorded(recorder: Recorder, first: int) -> Case:
     last = len(trace.stages) - 1
     links = trace.links(first, last)
     stages = trace.stages
-    return Case(
-        stages[first].snapshot, stages[last].snapshot, set(links.pairs.items()), set(links.merged.items())
-    )
+    return Case(stages[first].snapshot, stages[last].snapshot, set(links.pairs.items()), set(links.merged.items()))
 
 
 class Block(nn.Module):

@@ -77,7 +77,7 @@ class Comparison:
         for place in ones | others:
             leaf, other_leaf = ones.get(place, _ABSENT), others.get(place, _ABSENT)
             reads = isinstance(leaf, Ref) and isinstance(other_leaf, Ref)
-            if reads and self._same_input(inputs[place], other_inputs[place]):
+            if reads and self._same_input(inputs.get(place, _GONE), other_inputs.get(place, _GONE)):
                 continue
             if reads or self._renamed(leaf) != repr(other_leaf):
                 kind = "device" if place == "device" else f"{'input' if reads else 'argument'} {place}"
@@ -90,7 +90,7 @@ class Comparison:
         images = self.links.images(one)
         if other in images:
             return True
-        return other not in self._paired and any(id in images for _, id in self.after.inputs[other])
+        return other not in self._paired and other != _GONE and any(id in images for _, id in self.after.inputs[other])
 
     @property
     def _paired(self) -> set[int]:
@@ -127,6 +127,7 @@ class Comparison:
 
 
 _ABSENT = Text("(absent)")
+_GONE = -1  # what a broken graph reads that is not in it
 
 
 def _base(name: str) -> str:

@@ -85,7 +85,7 @@ class GraphDiff:
 
     def summary(self) -> dict[str, Any]:
         """Counts by kind (for a group or merger, of the nodes that went and came), and the folded lines."""
-        counts = Counter(dict.fromkeys(KINDS, 0))
+        counts: dict[str, int] = Counter(dict.fromkeys(KINDS, 0))
         for entry in self.entries:
             counts[entry.kind] += max(1, len(entry.before))
         return {

@@ -77,7 +77,7 @@ class Recorder:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         if self._running is not None:
-            self._finish(error=f"{type(error).__name__}: {error}" if error else "not finished")
+            self._finish(error=_first_line(error) if error else "not finished")
         for node in self._ids:
             node.meta.pop(_ID, None)
 
@@ -128,6 +128,8 @@ class Recorder:
         origins: dict[int, tuple[int, ...]] = {}
         for node in [node for node in nodes if node not in self._ids]:
             source = node.meta.get(_ID)
+            if source is None and node.op == "output":
+                source = next((id for id in free if old[id].op == "output"), None)
             if source in free and (old[source].op, old[source].target) == (node.op, node.target):
                 free.discard(source)
                 self._ids[node] = source
@@ -168,6 +170,10 @@ class Recorder:
         infer_fates(before, snapshot, links)
         found = links.into | {id: (survivor,) for id, survivor in links.merged.items()}
         into |= {id: new for id, new in found.items() if id not in into}
+
+
+def _first_line(error: BaseException) -> str:
+    return f"{type(error).__name__}: {error}".splitlines()[0]
 
 
 def _nodes(gm: fx.GraphModule) -> list[fx.Node]:

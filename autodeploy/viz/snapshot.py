@@ -55,9 +55,15 @@ class Snapshot:
 
     @cached_property
     def inputs(self) -> dict[int, tuple[tuple[str, int], ...]]:
-        """(place, id) of what each node reads, seen through the borders of called graphs."""
-        source_of = self.source_of
-        return {node.id: tuple((place, source_of.get(id, id)) for place, id in node.inputs) for node in self.nodes}
+        """(place, id) of what each node reads, seen through the borders of called graphs.
+
+        A graph that a failed pass left behind may read nodes that are not in it; those are left out.
+        """
+        source_of = {id: id for id in self.by_id} | self.source_of
+        return {
+            node.id: tuple((place, source) for place, id in node.inputs if (source := source_of.get(id)) is not None)
+            for node in self.nodes
+        }
 
     @cached_property
     def users(self) -> dict[int, list[tuple[str, int]]]:
