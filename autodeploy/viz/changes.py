@@ -47,6 +47,7 @@ class Comparison:
     def __init__(self, before: Snapshot, after: Snapshot, links: Links, ignore: frozenset[str]) -> None:
         self.before, self.after, self.links = before, after, links
         self.ignore = ignore
+        self.paired = set(links.pairs.values())
         self.symbols = _symbols(before, after, links)
         self.moved = _out_of_order(before, after, links)
 
@@ -86,17 +87,26 @@ class Comparison:
         return found
 
     def _same_input(self, one: int, other: int) -> bool:
-        """Whether `other` stands for `one`, or was put between `one` and its reader."""
+        """Whether `other` stands for `one`, or only new nodes lie between `one` and its reader."""
         images = self.links.images(one)
-        if other in images:
-            return True
-        return other not in self._paired and other != _GONE and any(id in images for _, id in self.after.inputs[other])
+        pending, seen = [other], {other}
+        while pending and len(seen) < _FAR:
+            id = pending.pop()
+            if id in images or self._is_copy(one, id):
+                return True
+            inputs = {source for _, source in self.after.inputs.get(id, ())} if id not in self.paired else set()
+            pending += inputs - seen
+            seen |= inputs
+        return False
 
-    @property
-    def _paired(self) -> set[int]:
-        if not hasattr(self, "_paired_ids"):
-            self._paired_ids = set(self.links.pairs.values())
-        return self._paired_ids
+    def _is_copy(self, one: int, other: int) -> bool:
+        """Whether a new node does again what `one` does: sizes and constants are read on both sides of a border."""
+        if other in self.paired or _GONE in (one, other):
+            return False
+        if self.before.by_id[one].label != self.after.by_id[other].label:
+            return False
+        pairs = zip(self.before.inputs[one], self.after.inputs[other], strict=False)
+        return all(new in self.links.images(old) for (_, old), (_, new) in pairs)
 
     def _renamed(self, leaf: Argument) -> str:
         return repr(Text(self._rename(leaf.text)) if isinstance(leaf, Text) else leaf)
@@ -127,6 +137,7 @@ class Comparison:
 
 
 _ABSENT = Text("(absent)")
+_FAR = 64  # nodes that may be put between two others
 _GONE = -1  # what a broken graph reads that is not in it
 
 
