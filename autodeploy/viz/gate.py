@@ -140,7 +140,10 @@ def _names(text: str) -> list[str]:
 
 
 def run(args: argparse.Namespace) -> int:
-    """`autodeploy diff`: 0 where the gate is open, 1 where it is closed. Raises OptionError for what cannot be read."""
+    """`autodeploy diff`: 0 where the gate is open; 1, with the reasons on stderr, where it is closed.
+
+    Raises OptionError or UnknownName for what cannot be read or is not known.
+    """
     diff = GraphDiff.of(load(args.before), load(args.after), ignore=args.ignore)
     expect = _read_summary(args.expect) if args.expect else None
     found = failures(diff, args.fail_on, expect)
@@ -151,7 +154,7 @@ def run(args: argparse.Namespace) -> int:
     for path in args.save:
         diff.save(path)
     for line in found:
-        print(line)
+        print(line, file=sys.stderr)
     return 1 if found else 0
 
 
