@@ -2,7 +2,7 @@
 
     python benchmarks/diff_time.py [--nodes 1000 10000 50000] [--output benchmarks/results/diff_time.json]
 
-Columns: reading both graphs, matching their nodes, sorting them into what happened, folding, and the text.
+Columns, in CPU seconds: reading both graphs, matching their nodes, sorting them into what happened, folding, and the text.
 """
 
 from __future__ import annotations
@@ -90,12 +90,12 @@ def _measure(num_nodes: int) -> dict[str, float]:
 
 
 def _timed(call: Callable[[], T]) -> tuple[float, T]:
-    """The fastest of a few runs, in seconds, and the last result."""
+    """The fastest of a few runs in CPU seconds, which other processes disturb less, and the last result."""
     fastest = float("inf")
     for _ in range(_REPEATS):
-        start = time.perf_counter()
+        start = time.process_time()
         result = call()
-        fastest = min(fastest, time.perf_counter() - start)
+        fastest = min(fastest, time.process_time() - start)
     return fastest, result
 
 

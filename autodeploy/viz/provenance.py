@@ -164,6 +164,8 @@ class Recorder:
     def _add_observed(self, snapshot: Snapshot, into: dict[int, tuple[int, ...]]) -> None:
         """What users read now instead of a node that FX did not report, because a pass set their arguments itself."""
         before = self._stages[-1].snapshot
+        if before.by_id.keys() <= snapshot.by_id.keys() | into.keys():
+            return
         links = Links(into=dict(into))
         for id in before.by_id.keys() & snapshot.by_id.keys():
             links.pair(id, id, "provenance")

@@ -58,7 +58,9 @@ def _panel_nodes(diff: GraphDiff, graph: networkx.MultiDiGraph, block: Block) ->
         for index in line.entries[: line.count]:
             entry = diff.changed[index]
             paired = entry.kind in ("changed", "moved")
-            keys |= dict.fromkeys([] if paired else [f"b{id}" for id in entry.before])
+            # One duplicate stands for all.
+            ones = entry.before[:1] if entry.kind == "merged" else entry.before
+            keys |= dict.fromkeys([] if paired else [f"b{id}" for id in ones])
             keys |= dict.fromkeys(f"a{id}" for id in entry.after if id not in diff.after.source_of)
             shown |= {} if entry.kind == "merged" else keys
     near = (other for key in shown for other in (*graph.predecessors(key), *graph.successors(key)))

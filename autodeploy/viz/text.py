@@ -87,7 +87,7 @@ def _ranges(names: list[str]) -> list[str]:
 def story(told: Story) -> str:
     """What became of the metadata, who reads each field, and the ledger."""
     fates = f"{told.moved} moved, {told.merged} merged, {told.replaced} replaced"
-    lines = [f"metadata: {told.before.nodes} nodes read by {told.subgraphs} others became one node ({fates})"]
+    lines = [f"metadata: {told.before.nodes} nodes in {told.subgraphs} subgraphs became one node ({fates})"]
     rows = [["field", "value", "read by"]]
     for field in told.fields:
         readers = ", ".join(f"{number} x {op}" for op, number in field.readers.items())

@@ -62,10 +62,14 @@ def _attributes(snapshot: Snapshot, node: Node, entry: Entry, blocks: dict[int, 
         "module": node.module,
         "graph": node.graph,
         "value": ", ".join(map(str, node.values)),
-        "changes": "; ".join(map(str, entry.changes)),
+        "changes": "; ".join(map(str, entry.changes)) or _twins(entry),
         "block": blocks.get(id(entry), -1),
         "fan_out": len({user for _, user in snapshot.users[node.id]}),
     }
+
+
+def _twins(entry: Entry) -> str:
+    return f"1 of {len(entry.before)} duplicates" if entry.kind == "merged" else ""
 
 
 def _add_edges(graph: networkx.MultiDiGraph, diff: GraphDiff, keys: dict[int, str]) -> None:
