@@ -2,7 +2,8 @@
 
     python benchmarks/diff_time.py [--nodes 1000 10000 50000] [--output benchmarks/results/diff_time.json]
 
-Columns, in CPU seconds: reading both graphs, matching their nodes, sorting them into what happened, folding, and the text.
+Columns, in CPU seconds: reading both graphs, matching their nodes, sorting them into what happened, folding, the text,
+and all but the reading.
 """
 
 from __future__ import annotations

@@ -11,12 +11,13 @@ import torch
 from torch import fx
 
 from autodeploy.errors import module_path
-from autodeploy.graph import ROLE, is_size
+from autodeploy.graph import ROLE
 from autodeploy.viz.arguments import Argument, Arguments, plain_text, read_argument
 from autodeploy.viz.node import Node
 from autodeploy.viz.values import read_values, value_leaves
 
 IdOf = Callable[[fx.Node], int]
+_SIZES = (torch.ops.aten.sym_size.int, torch.ops.aten.sym_numel.default, torch.ops.aten.sym_stride.int)
 _NO_MODULE = "_empty_nn_module_stack_from_metadata_hook"  # torch.export writes this where there is none
 
 
@@ -44,9 +45,11 @@ def read_nodes(gm: fx.GraphModule, id_of: IdOf) -> Iterator[Node]:
 
 def _is_size(node: fx.Node, sizes: set[fx.Node]) -> bool:
     """A size, or Python arithmetic on nothing but sizes."""
-    if is_size(node):
-        return True
     inputs = node.all_input_nodes
+    if node.op == "call_function" and node.target in _SIZES:
+        return True
+    if node.target is getattr:
+        return node.args[1] in ("shape", "device", "dtype", "ndim")
     is_python = getattr(node.target, "__module__", "") in ("_operator", "math", "torch")
     return node.op == "call_function" and is_python and bool(inputs) and all(arg in sizes for arg in inputs)
 

@@ -17,6 +17,7 @@ from autodeploy.viz.union import MAX_FAN_OUT
 if TYPE_CHECKING:
     import networkx
 
+    from autodeploy.viz.classify import Entry
     from autodeploy.viz.diff import GraphDiff
 
 MAX_BOXES, MAX_PANEL = 150, 40
@@ -53,18 +54,21 @@ def draw(diff: GraphDiff) -> str:
 def _panel_nodes(diff: GraphDiff, graph: networkx.MultiDiGraph, block: Block) -> list[str]:
     """The nodes of the first module of a block, then their unchanged neighbours; not what only hands values on."""
     keys: dict[str, None] = {}
-    shown: dict[str, None] = {}
+    with_context: dict[str, None] = {}
     for line in block.content:
         for index in line.entries[: line.count]:
-            entry = diff.changed[index]
-            paired = entry.kind in ("changed", "moved")
-            # One duplicate stands for all.
-            ones = entry.before[:1] if entry.kind == "merged" else entry.before
-            keys |= dict.fromkeys([] if paired else [f"b{id}" for id in ones])
-            keys |= dict.fromkeys(f"a{id}" for id in entry.after if id not in diff.after.source_of)
-            shown |= {} if entry.kind == "merged" else keys
-    near = (other for key in shown for other in (*graph.predecessors(key), *graph.successors(key)))
+            found = _entry_nodes(diff, diff.changed[index])
+            keys |= found
+            with_context |= found if diff.changed[index].kind != "merged" else {}
+    near = (other for key in with_context for other in (*graph.predecessors(key), *graph.successors(key)))
     return [*keys, *dict.fromkeys(other for other in near if other not in keys and _is_context(graph.nodes[other]))]
+
+
+def _entry_nodes(diff: GraphDiff, entry: Entry) -> dict[str, None]:
+    """Those of one difference; one duplicate stands for all."""
+    paired = entry.kind in ("changed", "moved")
+    ones = () if paired else entry.before[:1] if entry.kind == "merged" else entry.before
+    return dict.fromkeys([f"b{id}" for id in ones] + [f"a{id}" for id in entry.after if id not in diff.after.source_of])
 
 
 def _is_context(data: dict[str, Any]) -> bool:
