@@ -47,6 +47,7 @@ _SAME = frozenset(
         aten.contiguous.default,
         aten.alias.default,
         aten.detach.default,
+        aten.detach_.default,
         aten.dropout.default,
         aten.view.default,
         aten.reshape.default,
