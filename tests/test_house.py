@@ -19,7 +19,9 @@ MAX_FILE_LINES, MAX_MEDIAN_LINES, MAX_FUNCTION_LINES = 400, 150, 60
 
 # Who may import whom: a room is a module or subpackage of autodeploy, or the package `passes`.
 _BASE = {"errors", "options"}
-_GRAPH = {"graph", "mixing", "spec", "pipeline"}
+_NODES = {"spelling", "effects", "aliasing"}
+_SHARING = {"graph", "dependence", "equality", "memory", "outline"}
+_GRAPH = _NODES | _SHARING | {"mixing", "spec", "pipeline"}
 _CORE = _BASE | _GRAPH | {"ops", "metadata"}
 ALLOWED = {
     "errors": set(),
@@ -27,10 +29,17 @@ ALLOWED = {
     "demo": _BASE,
     "models": _BASE | {"demo"},
     "ops": _BASE,
+    "spelling": set(),
+    "effects": {"spelling"},
+    "aliasing": {"spelling", "effects"},
     "graph": _BASE,
-    "mixing": _BASE | {"graph"},
-    "spec": _BASE | {"graph"},
-    "metadata": _BASE | {"graph"},
+    "dependence": _BASE | _NODES | {"graph"},
+    "equality": _NODES,
+    "memory": _NODES | {"equality"},
+    "outline": {"graph", "dependence"},
+    "mixing": _BASE | {"graph", "dependence"},
+    "spec": _BASE | {"graph", "dependence"},
+    "metadata": _BASE | _NODES | {"graph", "dependence"},
     "pipeline": _BASE | _GRAPH | {"metadata"},
     "kernels": _BASE | {"ops", "metadata"},
     "attention_forms": _CORE,

@@ -1,0 +1,192 @@
+"""Which values of a graph are written to in place, and which share storage with them.
+
+Not seen: two inputs of a graph that share storage.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from functools import cache
+from typing import Any, NamedTuple
+
+import torch
+from torch import fx
+from torch._ops import HigherOrderOperator, OpOverload
+from torch.fx.node import map_arg
+
+from autodeploy.effects import KEEPS_STATISTICS, body_impurity, impurity, is_asked_in_place
+from autodeploy.spelling import (
+    CASTS,
+    attribute,
+    base_name,
+    is_arithmetic,
+    is_in_place_operator,
+    is_measure,
+    is_python_operator,
+    overloads,
+)
+
+# Results that may be an argument itself, or a view of it, though the schema does not say so (torch 2.13).
+_MAY_ALIAS = frozenset(
+    [
+        "_unsafe_view",
+        "alpha_dropout",
+        "atleast_1d",
+        "atleast_2d",
+        "atleast_3d",
+        "broadcast_tensors",
+        "cartesian_prod",
+        "conj_physical",
+        "dropout",
+        "einsum",
+        "feature_dropout",
+        "lift_fresh",
+        "meshgrid",
+        "sum_to_size",
+        "to_dense",
+        "type_as",
+        "unsafe_chunk",
+        "unsafe_split",
+    ]
+)
+
+
+def mutated(graph: fx.Graph) -> set[fx.Node]:
+    """Nodes that some node may write to, with everything that may share their storage (views up and down)."""
+    written = [arg for node in graph.nodes for arg in writes(node)]
+    if not written:
+        return set()
+    attributes = _attributes_by_storage(graph)
+    found: set[fx.Node] = set()
+    while written:
+        node = written.pop()
+        if node in found:
+            continue
+        found.add(node)
+        written += aliased(node)
+        written += [user for user in node.users if node in aliased(user)]
+        written += attributes.get(node, ())
+    return found
+
+
+def returned(graph: fx.Graph) -> set[fx.Node]:
+    """Nodes that a caller is given, or that share storage with what a caller is given."""
+    outputs = [node.all_input_nodes for node in graph.find_nodes(op="output")]
+    waiting = [node for nodes in outputs for node in nodes]
+    found: set[fx.Node] = set()
+    while waiting:
+        node = waiting.pop()
+        if node not in found:
+            found.add(node)
+            waiting += aliased(node)
+    return found
+
+
+def writes(node: fx.Node) -> list[fx.Node]:
+    """The arguments that `node` may write to; for a foreign module its own attributes, too."""
+    if node.op in ("placeholder", "output", "get_attr"):
+        return []
+    if node.op == "call_module":
+        return _module_writes(node)
+    if isinstance(node.target, HigherOrderOperator):
+        return [] if impurity(node) is None else node.all_input_nodes
+    return _pick(node, _argument_names(node.op, node.target).written)
+
+
+def aliased(node: fx.Node) -> list[fx.Node]:
+    """The arguments that the result of `node` may share storage with."""
+    if node.op in ("placeholder", "output", "get_attr") or is_measure(node):
+        return []
+    if node.op == "call_module" or isinstance(node.target, HigherOrderOperator):
+        return node.all_input_nodes
+    return _pick(node, _argument_names(node.op, node.target).aliased)
+
+
+class _Argument(NamedTuple):
+    position: int
+    name: str
+
+
+class _ArgumentNames(NamedTuple):
+    """Which arguments a target writes to and which its result may share storage with; None for all of them."""
+
+    written: tuple[_Argument, ...] | None
+    aliased: tuple[_Argument, ...] | None
+
+
+_FIRST = (_Argument(0, "self"), _Argument(0, "input"))
+
+
+def _pick(node: fx.Node, names: Iterable[_Argument] | None) -> list[fx.Node]:
+    if names is None or is_asked_in_place(node):
+        return node.all_input_nodes
+    found: list[fx.Node] = []
+    for position, name in names:
+        map_arg(node.args[position] if position < len(node.args) else node.kwargs.get(name), found.append)
+    if "out" in node.kwargs:
+        map_arg(node.kwargs["out"], found.append)
+    return found
+
+
+@cache
+def _argument_names(op: str, target: Any) -> _ArgumentNames:
+    if (op == "call_method" and target in CASTS) or target is getattr:
+        return _ArgumentNames((), _FIRST)
+    if is_python_operator(target):
+        return _ArgumentNames(_FIRST if is_in_place_operator(target) else (), _FIRST)
+    if op == "call_function" and is_arithmetic(target):
+        return _ArgumentNames((), ())
+    known = overloads(op, target)
+    if not known:
+        return _ArgumentNames(None, None)
+    return _ArgumentNames(_flagged(known, _is_written), _flagged(known, _is_shared))
+
+
+def _flagged(
+    known: tuple[OpOverload, ...], test: Callable[[OpOverload, torch.Argument], bool]
+) -> tuple[_Argument, ...]:
+    found = [
+        _Argument(position, argument.name)
+        for overload in known
+        for position, argument in enumerate(overload._schema.arguments)
+        if test(overload, argument)
+    ]
+    # Torch functions call `input` what ATen calls `self`.
+    found += [_Argument(position, "input") for position, name in found if name == "self"]
+    return tuple(dict.fromkeys(found))
+
+
+def _is_written(overload: OpOverload, argument: torch.Argument) -> bool:
+    if argument.name in ("running_mean", "running_var") and base_name(overload) in KEEPS_STATISTICS:
+        return True
+    return argument.alias_info is not None and argument.alias_info.is_write
+
+
+def _is_shared(overload: OpOverload, argument: torch.Argument) -> bool:
+    return argument.alias_info is not None or base_name(overload) in _MAY_ALIAS
+
+
+def _module_writes(node: fx.Node) -> list[fx.Node]:
+    module = node.graph.owning_module
+    owner = module.get_submodule(str(node.target)) if module is not None else None
+    if isinstance(owner, fx.GraphModule) and body_impurity(owner) is None:
+        return []
+    is_torchs = type(owner).__module__.startswith("torch.nn.modules.")
+    written = [] if is_torchs and not getattr(owner, "inplace", False) else node.all_input_nodes
+    own = f"{node.target}."
+    return written + [each for each in node.graph.find_nodes(op="get_attr") if str(each.target).startswith(own)]
+
+
+def _attributes_by_storage(graph: fx.Graph) -> dict[fx.Node, list[fx.Node]]:
+    """For each attribute, the nodes that read the same storage, under whatever name."""
+    nodes = graph.find_nodes(op="get_attr")
+    storages = {node: _storage(node) for node in nodes}
+    groups: dict[Any, list[fx.Node]] = {}
+    for node, storage in storages.items():
+        groups.setdefault(storage, []).append(node)
+    return {node: groups[storage] for node, storage in storages.items()}
+
+
+def _storage(node: fx.Node) -> Any:
+    value = attribute(node)
+    return value.untyped_storage()._cdata if isinstance(value, torch.Tensor) else node.target
