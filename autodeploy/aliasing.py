@@ -6,7 +6,6 @@ Not seen: two inputs of a graph that share storage.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
-from functools import cache
 from typing import Any, NamedTuple
 
 import torch
@@ -19,11 +18,12 @@ from autodeploy.spelling import (
     CASTS,
     attribute,
     base_name,
-    is_arithmetic,
     is_in_place_operator,
     is_measure,
+    is_number_function,
     is_python_operator,
     overloads,
+    per_target,
 )
 
 # Results that may be an argument itself, or a view of it, though the schema does not say so (torch 2.13).
@@ -53,7 +53,7 @@ _MAY_ALIAS = frozenset(
 
 def mutated(graph: fx.Graph) -> set[fx.Node]:
     """Nodes that some node may write to, with everything that may share their storage (views up and down)."""
-    written = [arg for node in graph.nodes for arg in writes(node)]
+    written = [arg for node in graph.nodes if _may_write(node) for arg in writes(node)]
     if not written:
         return set()
     attributes = _attributes_by_storage(graph)
@@ -90,7 +90,7 @@ def writes(node: fx.Node) -> list[fx.Node]:
         return _module_writes(node)
     if isinstance(node.target, HigherOrderOperator):
         return [] if impurity(node) is None else node.all_input_nodes
-    return _pick(node, _argument_names(node.op, node.target).written)
+    return _pick(node, _argument_names(node).written)
 
 
 def aliased(node: fx.Node) -> list[fx.Node]:
@@ -99,7 +99,17 @@ def aliased(node: fx.Node) -> list[fx.Node]:
         return []
     if node.op == "call_module" or isinstance(node.target, HigherOrderOperator):
         return node.all_input_nodes
-    return _pick(node, _argument_names(node.op, node.target).aliased)
+    return _pick(node, _argument_names(node).aliased)
+
+
+@per_target
+def _may_write(op: str, target: Any) -> bool:
+    """Whether there is more to see than that a node's op writes to nothing: most ops of most graphs do not."""
+    if op in ("placeholder", "output", "get_attr"):
+        return False
+    if not isinstance(target, OpOverload):
+        return True
+    return target._schema.is_mutable or base_name(target) in KEEPS_STATISTICS
 
 
 class _Argument(NamedTuple):
@@ -128,13 +138,13 @@ def _pick(node: fx.Node, names: Iterable[_Argument] | None) -> list[fx.Node]:
     return found
 
 
-@cache
+@per_target
 def _argument_names(op: str, target: Any) -> _ArgumentNames:
     if (op == "call_method" and target in CASTS) or target is getattr:
         return _ArgumentNames((), _FIRST)
     if is_python_operator(target):
         return _ArgumentNames(_FIRST if is_in_place_operator(target) else (), _FIRST)
-    if op == "call_function" and is_arithmetic(target):
+    if is_number_function(target):
         return _ArgumentNames((), ())
     known = overloads(op, target)
     if not known:

@@ -93,7 +93,7 @@ def find_scalars(graph: fx.Graph) -> set[fx.Node]:
     for node in graph.nodes:
         if node.op == "placeholder":
             is_scalar = isinstance(recorded_value(node), _NUMBERS)
-        elif node.op == "call_function" and is_arithmetic(node.target):
+        elif is_arithmetic(node):
             is_scalar = all(arg in found for arg in node.all_input_nodes)
         else:
             is_scalar = is_measure(node)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import inspect
-from functools import cache
 from typing import Any
 
 import torch
@@ -16,10 +15,12 @@ from autodeploy.spelling import (
     VIEW_ATTRIBUTES,
     attribute,
     base_name,
-    is_arithmetic,
     is_in_place_operator,
     is_measure,
+    is_number_function,
+    is_python_operator,
     overloads,
+    per_target,
     recorded_value,
 )
 
@@ -73,7 +74,7 @@ def impurity(node: fx.Node) -> str | None:
         return _higher_order_impurity(node)
     if node.target is getattr:
         return None if node.args[1] in VIEW_ATTRIBUTES else UNKNOWN
-    reason, may_be_unbacked = _target_impurity(node.op, node.target)
+    reason, may_be_unbacked = _target_impurity(node)
     if reason is None and ("out" in node.kwargs or is_asked_in_place(node)):
         return WRITES
     return UNBACKED if reason is None and may_be_unbacked and _is_unbacked(node) else reason
@@ -84,28 +85,29 @@ def is_needed(node: fx.Node) -> bool:
     return node.op in ("placeholder", "output") or impurity(node) not in (None, UNBACKED, HOST)
 
 
-def autocast_change(node: fx.Node) -> int:
-    """1 where `node` opens a region in which ops compute in another dtype, -1 where it closes one, else 0."""
-    return _AUTOCAST.get(getattr(node.target, "__name__", ""), 0) if node.op == "call_function" else 0
+@per_target
+def autocast_change(op: str, target: Any) -> int:
+    """1 where a node opens a region in which ops compute in another dtype, -1 where it closes one, else 0."""
+    return _AUTOCAST.get(getattr(target, "__name__", ""), 0) if op == "call_function" else 0
 
 
 def is_asked_in_place(node: fx.Node) -> bool:
     """Whether a torch function is asked by its `inplace` argument to write to its input."""
-    position = _inplace_position(node.target) if node.op == "call_function" else None
+    position = _inplace_position(node)
     if position is None:
         return False
     return bool(node.args[position] if position < len(node.args) else node.kwargs.get("inplace", False))
 
 
-@cache
-def _inplace_position(target: Any) -> int | None:
+@per_target
+def _inplace_position(op: str, target: Any) -> int | None:
     if not inspect.isfunction(target):
         return None
     names = list(inspect.signature(target).parameters)
     return names.index("inplace") if "inplace" in names else None
 
 
-@cache
+@per_target
 def _target_impurity(op: str, target: Any) -> tuple[str | None, bool]:
     """Why no node with this target is pure, or None; and whether the size of its result may depend on data."""
     if op == "call_method" and target in _HOST_READS:
@@ -114,8 +116,10 @@ def _target_impurity(op: str, target: Any) -> tuple[str | None, bool]:
         return None, False
     if is_in_place_operator(target):
         return WRITES, False
-    if op == "call_function" and is_arithmetic(target):
+    if is_python_operator(target):
         return None, True  # `x[mask]` has an unbacked size
+    if is_number_function(target):
+        return None, False
     known = overloads(op, target)
     if not known:
         return UNKNOWN, False

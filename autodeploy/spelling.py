@@ -7,8 +7,9 @@ operators. A torch function or method is judged by the ATen op of its name.
 from __future__ import annotations
 
 import operator
+from collections.abc import Callable
 from functools import cache
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import fx
@@ -51,6 +52,27 @@ _MEASURING_OPS = frozenset(
 )
 
 
+Fact = TypeVar("Fact")
+
+
+def per_target(fact: Callable[[str, Any], Fact]) -> Callable[[fx.Node], Fact]:
+    """A function of a node's `op` and `target`, computed once for each; targets are told apart by identity.
+
+    The hash of an OpOverload is Python code: a third of the time of a sweep over a graph was spent on it.
+    """
+    known: dict[tuple[str, Any], tuple[Any, Fact]] = {}
+
+    def of_node(node: fx.Node) -> Fact:
+        op, target = node.op, node.target
+        key = (op, target if type(target) is str else id(target))
+        found = known.get(key)
+        if found is None:
+            found = known[key] = (target, fact(op, target))  # the reference keeps the id from being used again
+        return found[1]
+
+    return of_node
+
+
 def is_python_operator(target: Any) -> bool:
     """Whether `target` is a function of the module `operator`."""
     return getattr(target, "__module__", None) == "_operator"
@@ -61,24 +83,32 @@ def is_in_place_operator(target: Any) -> bool:
     return is_python_operator(target) and target.__name__ in _IN_PLACE_OPERATORS
 
 
-@cache
-def is_arithmetic(target: Any) -> bool:
-    """Whether `target` makes numbers of numbers: operators, `math`, torch's symbolic functions."""
+def is_number_function(target: Any) -> bool:
+    """Whether `target` takes and gives nothing but numbers: functions of `math`, torch's symbolic functions."""
     module, name = getattr(target, "__module__", None), getattr(target, "__name__", "")
-    if is_python_operator(target):
-        return not is_in_place_operator(target)
     return module == "math" or (module == "torch" and name.startswith(("sym_", "_sym_")))
+
+
+@per_target
+def is_arithmetic(op: str, target: Any) -> bool:
+    """Whether a node makes numbers of numbers: operators, `math`, torch's symbolic functions."""
+    if op != "call_function" or is_in_place_operator(target):
+        return False
+    return is_python_operator(target) or is_number_function(target)
 
 
 def is_measure(node: fx.Node) -> bool:
     """Whether `node` is a size, a dtype or the like of a tensor: known without reading the tensor's values."""
-    if node.op == "call_method":
-        return node.target in _MEASURES
-    if node.op != "call_function":
-        return False
     if node.target is getattr:
         return node.args[1] in _ATTRIBUTES
-    return isinstance(node.target, OpOverload) and node.target.overloadpacket in _MEASURING_OPS
+    return _only_measures(node)
+
+
+@per_target
+def _only_measures(op: str, target: Any) -> bool:
+    if op == "call_method":
+        return target in _MEASURES
+    return isinstance(target, OpOverload) and target.overloadpacket in _MEASURING_OPS
 
 
 @cache

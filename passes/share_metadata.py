@@ -17,9 +17,9 @@ from dataclasses import dataclass
 
 from torch import fx
 
-from autodeploy.dependence import KEPT, Split, find_scalars, split
+from autodeploy.dependence import KEPT, Split, split
 from autodeploy.equality import merge_equal, merge_equal_numbers
-from autodeploy.graph import near_miss
+from autodeploy.graph import near_miss, prepare_nodes
 from autodeploy.memory import TOO_LARGE, too_large_to_share
 from autodeploy.outline import hoist_scalars, inline, outline
 
@@ -37,7 +37,7 @@ class ShareMetadata:
     def apply(self, gm: fx.GraphModule) -> int:
         parts = split(gm)
         if parts.metadata:
-            parts = _prepare_to_share(gm)
+            parts = _normalize(gm, parts)
         moved = len(parts.metadata)
         merged = merge_equal(gm.graph, [node for node in gm.graph.nodes if _can_merge(node, parts)])
         if moved:
@@ -47,11 +47,13 @@ class ShareMetadata:
         return moved or len(merged)
 
 
-def _prepare_to_share(gm: fx.GraphModule) -> Split:
+def _normalize(gm: fx.GraphModule, parts: Split) -> Split:
     """Bring what was shared before and what came since together, equal things to equal forms; what to share now."""
-    inline(gm)
-    _share_numbers(gm)
-    parts = split(gm)
+    if prepare_nodes(gm):
+        inline(gm)
+        parts = split(gm)
+    if _share_numbers(gm, parts):
+        parts = split(gm)
     if False:
         parts = split(gm)
     too_large = too_large_to_share(gm.graph, parts.known, parts.metadata)
@@ -60,11 +62,10 @@ def _prepare_to_share(gm: fx.GraphModule) -> Split:
     return split(gm) if too_large else parts
 
 
-def _share_numbers(gm: fx.GraphModule) -> None:
+def _share_numbers(gm: fx.GraphModule, parts: Split) -> int:
     """One node for each number: sizes of activations are read off the inputs where they are the same symbol."""
-    scalars = find_scalars(gm.graph)
-    hoist_scalars(gm, [node for node in gm.graph.nodes if node in scalars])
-    merge_equal_numbers([node for node in gm.graph.nodes if node in scalars])
+    hoist_scalars(gm, [node for node in gm.graph.nodes if node in parts.scalars])
+    return merge_equal_numbers([node for node in gm.graph.nodes if node in parts.scalars])
 
 
 def _can_merge(node: fx.Node, parts: Split) -> bool:
