@@ -135,7 +135,7 @@ def _pick(node: fx.Node, names: Iterable[_Argument] | None) -> list[fx.Node]:
         map_arg(node.args[position] if position < len(node.args) else node.kwargs.get(name), found.append)
     if "out" in node.kwargs:
         map_arg(node.kwargs["out"], found.append)
-    return found
+    return list(dict.fromkeys(found)) if len(found) > 1 else found
 
 
 @per_target

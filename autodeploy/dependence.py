@@ -55,7 +55,7 @@ def split(gm: fx.GraphModule) -> Split:
         is_source = node.op == "placeholder" or is_prepare(node) or is_unpacking(node)
         depends = node not in scalars and any(arg in reads or arg in scalars for arg in node.all_input_nodes)
         reason = None if is_source else node.meta.get(KEPT) or _why_not(node, node in written, autocast_depth)
-        if reason is not None and (depends or reason == RANDOM):
+        if reason is not None and node.users and (depends or reason == RANDOM):
             result.refused[node] = reason
         if reason is not None or node in written:
             continue

@@ -134,6 +134,8 @@ def _overload_impurity(overload: OpOverload) -> str | None:
         return WRITES
     if torch.Tag.data_dependent_output in overload.tags:
         return HOST
+    if not overload._schema.returns:
+        return EFFECTS
     # FX knows which ops have effects, but only of nodes.
     return EFFECTS if fx.Graph().call_function(overload).is_impure() else None
 
