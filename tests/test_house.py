@@ -51,11 +51,12 @@ ALLOWED = {
     "lowering": _CORE | {"report"},
     "step_cache": _CORE | {"lowering"},
     "backend": _CORE | {"passes", "report", "trace", "verify"},
+    "dynamo": _CORE | {"passes", "report"},
     "llm": _CORE | {"backend", "lowering", "models", "report", "runtime", "step_cache", "trace"},
     "doctor": _BASE | {"ops", "metadata", "passes"},
     "cli": _BASE | {"backend", "doctor", "llm", "models", "runtime", "trace"},
     "__main__": {"cli"},
-    "__init__": _CORE | {"backend", "llm", "runtime", "trace"},
+    "__init__": _CORE | {"backend", "dynamo", "llm", "runtime", "trace"},
 }
 # Imports by name at run time. The registry is the one place below the kernels that loads them, when first asked.
 ALLOWED_BY_NAME = {("ops", "kernels")}
