@@ -1,15 +1,11 @@
-"""What the benchmarks of compiled graphs share: watching Inductor, counting what is layout-only, taking turns."""
+"""What the benchmarks look at in a compilation: the kernels that Inductor makes, and what is computed twice."""
 
 from __future__ import annotations
 
 import re
-import statistics
-import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from itertools import chain
-from typing import Any
 from unittest import mock
 
 import torch
@@ -115,42 +111,3 @@ def _constant(node: fx.Node) -> str:
     if not isinstance(value, torch.Tensor):
         return str(node.target)
     return f"{value.dtype} {tuple(value.shape)} {value.tolist()}"
-
-
-def seconds_of(function: Callable[[], object]) -> float:
-    start = time.perf_counter()
-    function()
-    return time.perf_counter() - start
-
-
-def take_turns(runs: Mapping[str, Callable[[], Sequence[float]]], rounds: int) -> dict[str, list[list[float]]]:
-    """Medians of blocks of steps of two contenders, in milliseconds: each round the first, the second twice, the first.
-
-    The two blocks of one contender in a round tell how much of a difference is the machine's.
-    """
-    blocks: dict[str, list[list[float]]] = {name: [] for name in runs}
-    first, second = runs
-    for _ in range(rounds):
-        for name in runs:
-            blocks[name].append([])
-        for name in (first, second, second, first):
-            blocks[name][-1].append(1e3 * statistics.median(runs[name]()))
-    return blocks
-
-
-def compare_steps(blocks: Mapping[str, list[list[float]]]) -> dict[str, Any]:
-    """Median step of each in milliseconds, time of the second over the first, and of the first over itself.
-
-    Ratios are [lower quartile, median, upper quartile] of the rounds.
-    """
-    first, second = blocks
-    pairs = zip(blocks[first], blocks[second], strict=True)
-    return {
-        "step_ms": {name: round(statistics.median(chain(*rounds)), 4) for name, rounds in blocks.items()},
-        "step_ratio": quartiles([sum(of_second) / sum(of_first) for of_first, of_second in pairs]),
-        "step_noise": quartiles([end / start for start, end in blocks[first]]),
-    }
-
-
-def quartiles(values: Sequence[float]) -> list[float]:
-    return [round(value, 4) for value in statistics.quantiles(values, n=4, method="inclusive")]
