@@ -21,6 +21,7 @@ from torch import fx
 
 from autodeploy.attention_forms.check import check
 from autodeploy.attention_forms.evaluate import Refused
+from autodeploy.attention_forms.flex import FLEX, WrittenOut, known_nodes_around, why_not, write_out
 from autodeploy.attention_forms.match import SDPA, SOFTMAXES, Matcher
 from autodeploy.attention_forms.rewrite import rewrite
 from autodeploy.errors import NoAttentionFound, node_location
@@ -40,13 +41,22 @@ class FindAttention:
     may_round: ClassVar[bool] = True
 
     def apply(self, gm: fx.GraphModule) -> int:
-        hearts = [node for node in gm.graph.nodes if node.op == "call_function" and node.target in _HEARTS]
-        matcher = Matcher(gm) if hearts else None
-        for node in hearts:
-            assert matcher is not None
-            reason = _reduce(gm, node, matcher)
+        nodes = [node for node in gm.graph.nodes if node.op == "call_function"]
+        hearts: list[_Heart] = [_Heart(node, node) for node in nodes if node.target in _HEARTS]
+        for node in nodes:
+            if node.target is not FLEX:
+                continue
+            reason = why_not(gm, node)
             if reason is not None:
                 near_miss(gm, node, reason)
+                continue
+            written = write_out(gm, node)
+            hearts.append(_Heart(node, written.softmax, written))
+        matcher = Matcher(gm, known_nodes_around(gm) if hearts else set())
+        for heart in hearts:
+            reason = _reduce(gm, heart, matcher)
+            if reason is not None:
+                near_miss(gm, heart.node, reason)
         for node in gm.graph.find_nodes(op="call_function", target=_CONVOLUTION):
             near_miss(gm, node, "mixes tokens outside the transformers interfaces")
         canonical = [node for node in gm.graph.nodes if kind_of(node.target) is not None]
@@ -58,15 +68,29 @@ class FindAttention:
         return len(new)
 
 
-def _reduce(gm: fx.GraphModule, node: fx.Node, matcher: Matcher) -> str | None:
-    """Make the attention around `node` canonical, or say why not; None as well where it is no attention."""
+@dataclass(frozen=True)
+class _Heart:
+    """The softmax or SDPA in the middle of an attention, and the `node` that a reader knows it by."""
+
+    node: fx.Node
+    softmax: fx.Node
+    written: WrittenOut | None = None
+
+
+def _reduce(gm: fx.GraphModule, heart: _Heart, matcher: Matcher) -> str | None:
+    """Make the attention around `heart` canonical, or say why not; None as well where it is no attention."""
+    reason = None
     try:
-        found = matcher.match(node)
+        found = matcher.match(heart.softmax, hides_rows=heart.written is not None)
         reason = check(gm, found, matcher.sizes) if found else None
     except Refused as refused:
-        return str(refused)
+        found, reason = None, str(refused)
     if found and reason is None:
-        rewrite(found)
+        rewrite(found, heart.written.output if heart.written else found.output)
+    if heart.written:
+        heart.written.erase()
+    if heart.written and found and reason is None:
+        heart.written.erase_flex()
     return reason
 
 

@@ -77,7 +77,7 @@ class Evaluator:
 
 
 def known_nodes(gm: fx.GraphModule) -> set[fx.Node]:
-    """Every node that depends on nothing but positions, sizes and constants, so that an Evaluator can tell its value."""
+    """Every node that depends on positions, sizes and constants alone, so that an Evaluator can tell its value."""
     written = mutated(gm.graph)
     found: set[fx.Node] = set()
     for node in gm.graph.nodes:

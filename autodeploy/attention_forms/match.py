@@ -12,7 +12,7 @@ from torch import fx
 from torch.fx.experimental.symbolic_shapes import statically_known_true
 
 from autodeploy.attention_forms.asked import Masks, Seen, Sizes
-from autodeploy.attention_forms.evaluate import Refused, cone, constants, known_nodes
+from autodeploy.attention_forms.evaluate import Refused, cone, constants
 from autodeploy.attention_forms.found import Attention
 from autodeploy.attention_forms.heads import Operand, num_heads, peel
 from autodeploy.attention_forms.scores import ScoreReader, Scores, Term, drops_nothing, is_cast, keeps_rows
@@ -25,22 +25,22 @@ _PASSED = (aten.clone.default, aten.contiguous.default, aten.alias.default, aten
 
 
 class Matcher:
-    """Matches in one graph, of which it learns once what can be evaluated."""
+    """Matches in one graph, of which the nodes in `known` can be evaluated."""
 
-    def __init__(self, gm: fx.GraphModule) -> None:
-        known = known_nodes(gm)
+    def __init__(self, gm: fx.GraphModule, known: set[fx.Node]) -> None:
         self._known = known
         self._reader = ScoreReader(gm, known)
         self.sizes = Sizes(gm)
         self._masks = Masks(gm, known, self.sizes)
 
-    def match(self, node: fx.Node) -> Attention | None:
-        """The attention that `node` is the heart of; None where it is not one. Raises Refused with the reason."""
-        if node.target is SDPA:
-            return self._sdpa(node)
-        return self._softmax(node) if node.target in SOFTMAXES else None
+    def match(self, node: fx.Node, *, hides_rows: bool = False) -> Attention | None:
+        """The attention that `node` is the heart of; None where it is not one. Raises Refused with the reason.
 
-    def _softmax(self, node: fx.Node) -> Attention | None:
+        `hides_rows`: a query that sees nothing gives zeros, as with SDPA, and not NaN or the mean of all values.
+        """
+        return self._sdpa(node) if node.target is SDPA else self._softmax(node, hides_rows)
+
+    def _softmax(self, node: fx.Node, hides_rows: bool) -> Attention | None:
         found = _weighted_product(node)
         if found is None:
             return None
@@ -54,9 +54,10 @@ class Matcher:
         if is_cut != (scores.sinks is not None):
             raise Refused("drops some of its weights")
         _check_used_once(node, output)
+        scores = replace(scores, words=("flex_attention" if hides_rows else "softmax", *scores.words))
         value = output.args[1]
         assert isinstance(value, fx.Node)
-        return self._attention(output, scores, value, hides_rows=False)
+        return self._attention(output, scores, value, hides_rows=hides_rows)
 
     def _sdpa(self, node: fx.Node) -> Attention:
         arguments = _arguments(node)
@@ -82,7 +83,6 @@ class Matcher:
     def _attention(
         self, output: fx.Node, scores: Scores, value: fx.Node, *, hides_rows: bool, is_transposed: bool = True
     ) -> Attention:
-        """`hides_rows`: a query that sees nothing gives zeros, as nothing canonical does."""
         operands = [Operand(scores.query), Operand(scores.key, is_transposed=is_transposed), Operand(value)]
         _check_recorded(operands)
         _check_lengths(operands)
