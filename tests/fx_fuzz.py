@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 
 import torch
 from fx_fuzz_impure import DATA_DEPENDENT, EFFECTS, FOREIGN, IMPURE, RANDOM, WRITES
-from fx_fuzz_pure import PURE
+from fx_fuzz_pure import PERHAPS_ITSELF, PURE
 from fx_fuzz_root import INPUTS, make_root, restore, state
 from torch import Tensor, fx
 from torch.fx.node import Target, map_arg
@@ -96,7 +96,8 @@ class Builder:
         self.made: list[tuple[str, list[fx.Node]]] = []
         self._examples: dict[fx.Node, list[Any]] = {}
         self._versions: dict[fx.Node, int] = {}
-        self._touched: set[int] = set()  # storages that foreign code was given
+        self._written: set[int] = set()  # storages that foreign code was given
+        self._shared: list[set[int]] = []  # storages that a pass may take for one
         self._fresh: list[fx.Node] = []
         self._depends: dict[fx.Node, bool] = {}  # on nothing but the layout, by productions that are pure
         for name in inputs:
@@ -116,10 +117,11 @@ class Builder:
                 self.graph.erase_node(node)
             self.values.append(None)
             return False
+        storages = [_storages(self.example(arg)) for node in self._fresh for arg in (node, *node.all_input_nodes)]
         if step.production in FOREIGN:
-            self._touched.update(
-                *(_storages(self.example(arg)) for node in self._fresh for arg in node.all_input_nodes)
-            )
+            self._written.update(*storages)
+        if step.production in PERHAPS_ITSELF or step.production in WRITES:
+            self._shared.append(set().union(*storages))
         for node in self._fresh:
             pure = step.production in PURE and all(self._depends[arg] for arg in node.all_input_nodes)
             self._depends[node] = pure and not self._is_parameter(node)
@@ -139,11 +141,13 @@ class Builder:
 
     def _movable(self) -> set[str]:
         """Pure tensor computations of layout, sizes and constants that nothing writes to, by torch's own counters."""
+        written = self._spread_writes()
         clean: dict[fx.Node, bool] = {}
         reads: dict[fx.Node, bool] = {}
         for node in self._depends:
             args = node.all_input_nodes
-            clean[node] = self._depends[node] and self._unwritten(node) and all(clean[arg] for arg in args)
+            clean[node] = self._depends[node] and all(clean[arg] for arg in args)
+            clean[node] &= written.isdisjoint(_storages(self.example(node)))
             is_input = node.op == "placeholder" and node.meta[ROLE] == "layout"
             reads[node] = is_input or any(reads[arg] for arg in args)
         return {
@@ -152,9 +156,14 @@ class Builder:
             if clean[node] and reads[node] and node.op[:4] == "call" and isinstance(self.example(node), Tensor)
         }
 
-    def _unwritten(self, node: fx.Node) -> bool:
-        value = self.example(node)
-        return self._versions[node] == _version(value) and self._touched.isdisjoint(_storages(value))
+    def _spread_writes(self) -> set[int]:
+        """Storages that were written to, as far as a pass can tell."""
+        values = [(node, self.example(node)) for node in self._depends]
+        changed = [_storages(value) for node, value in values if self._versions[node] != _version(value)]
+        written = self._written.union(*changed)
+        for _ in self._shared:
+            written.update(*(group for group in self._shared if group & written))
+        return written
 
     def _is_parameter(self, node: fx.Node) -> bool:
         return node.op == "get_attr" and isinstance(self.example(node), torch.nn.Parameter)

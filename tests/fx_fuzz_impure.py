@@ -55,6 +55,9 @@ WRITES: dict[str, Production] = {
     "add_ to an item": lambda s: s.call(
         aten.add_.Tensor, s.call(operator.getitem, s.call(aten.unbind.int, s.x), s.n % 3), 1
     ),
+    "add_ to the second of two": lambda s: s.call(
+        aten.add_.Tensor, s.call(operator.getitem, s.call(torch.broadcast_tensors, s.x, s.y), 1), 1
+    ),
     "add_ to x[1:]": lambda s: s.method("add_", s.call(operator.getitem, s.x, slice(1, None)), 1),
     "add_ to an identity": lambda s: s.method("add_", s.module("identity", s.x), 1),
     "copy_": lambda s: s.call(aten.copy_.default, s.x, s.y),
@@ -157,7 +160,6 @@ DATA_DEPENDENT: dict[str, Production] = {
     "repeat_interleave": lambda s: s.call(
         aten.repeat_interleave.Tensor, s.call(aten.clamp.default, s.attribute("counter"), 0, s.n)
     ),
-    "unique": lambda s: s.call(torch.unique, s.x),
     "tolist": lambda s: s.call(torch.tensor, s.method("tolist", s.x)),
 }
 
@@ -171,6 +173,7 @@ FOREIGN: dict[str, Production] = {
     "size iadd": lambda s: s.call(operator.iadd, s.k, s.n % 2),
     "foreign Python": lambda s: s.call(remember, s.x),
     "gumbel_softmax": lambda s: s.call(F.gumbel_softmax, s.x),
+    "unique": lambda s: s.call(torch.unique, s.x),
     **{f"module {name}": lambda s, name=name: s.module(name, s.x) for name in MODULES},
 }
 

@@ -217,6 +217,25 @@ def _bodies(s: Scope) -> list[fx.Node]:
     return [s.attribute(name) for name in (("twice", "twice_again")[s.n % 2], "less")]
 
 
+# Their results may be what they are given, or a view of it: a pass without recorded values cannot tell.
+PERHAPS_ITSELF = {
+    *HIGHER_ORDER,
+    "to, perhaps itself",
+    "contiguous, perhaps itself",
+    "reshape",
+    "torch.einsum",
+    "torch.atleast_2d",
+    "broadcast_tensors",
+    "meshgrid",
+    "to method",
+    "to with a dtype node",
+    "float",
+    "type_as",
+    "x[...]",
+    "x[rows]",
+    "F.pad",
+}
+
 ATTRIBUTE: dict[str, Production] = {"get_attr": lambda s: s.attribute(ATTRIBUTES[s.n % len(ATTRIBUTES)])}
 
 PURE = {

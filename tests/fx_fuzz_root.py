@@ -48,7 +48,7 @@ _ATTRIBUTES = {
     "twisted": torch.arange(COLUMNS**2).reshape(COLUMNS, COLUMNS).t() / 4,
     "scalar": torch.tensor(2.0),
 }
-ATTRIBUTES = [*_ATTRIBUTES, "parameter", "view", "twisted_view", "inner.offset"]
+ATTRIBUTES = [*_ATTRIBUTES, "parameter", "view", "twisted_view", "inner.offset", "norm.running_mean"]
 MODULES = ("identity", "relu_", "norm", "norm_eval", "dropout", "linear", "counting")
 
 

@@ -18,8 +18,8 @@ from typing import Any
 
 import pytest
 import torch
-from fx_fuzz import FIRST_STATE, MOVABLE, ROOT, SIZES, Program, build, minimal, random_program
-from fx_fuzz_root import LOG, restore, state
+from fx_fuzz import FIRST_STATE, MOVABLE, ROOT, SIZES, Program, Step, build, minimal, random_program
+from fx_fuzz_root import ATTRIBUTES, LOG, restore, state
 from fx_fuzz_trace import TRACERS, MakeInputs, make_inputs
 from torch import Tensor, fx
 from torch.utils import _pytree as pytree
@@ -135,6 +135,57 @@ def report(program: Program) -> str:
     except Exception as error:
         return f"{small}\n{gm.graph}\n{type(error).__name__}: {error}"
     return f"fails only at times: {kind}\n{program}"
+
+
+_RUNNING_MEAN = ATTRIBUTES.index("norm.running_mean")
+# What random graphs once got wrong, made small.
+FOUND = {
+    "an embedding that scales its table": Program(
+        ("positions",), (Step("embedding with max_norm", 0, 0, 0), Step("clone", 0, 0, 0)), 3
+    ),
+    "running statistics, read later": Program(
+        ("positions", "x"),
+        (Step("batch_norm in training", 1, 0, 0), Step("get_attr", 0, 0, _RUNNING_MEAN), Step("add", 0, 3, 0)),
+        3,
+    ),
+    "the second argument of several, written to": Program(
+        ("positions", "layout"), (Step("add_ to the second of two", 0, 1, 0), Step("clone", 1, 0, 0)), 3
+    ),
+    "an index by a list and by a tuple": Program(
+        ("layout",), (Step("x[...]", 0, 0, 8), Step("x[...]", 0, 0, 9), Step("sum", 1, 0, 0), Step("sum", 2, 0, 0)), 3
+    ),
+    "a constant that is returned, and its equal": Program(
+        ("positions",), (Step("get_attr", 0, 0, 0), Step("add", 0, 1, 0), Step("get_attr", 0, 0, 1)), 3
+    ),
+    "a constant and its view, both returned": Program(
+        (), (Step("full_like", 0, 0, 1), Step("slice to a size", 0, 0, 1), Step("clone", 0, 0, 0)), 3
+    ),
+    "constants that are views, returned": Program(
+        (), (Step("shape[0]", 0, 0, 1), Step("slice to a size", 0, 0, 0), Step("view method", 0, 0, 1)), 3
+    ),
+    "a constant read on both sides": Program(
+        ("table", "positions"),
+        (
+            Step("F.softmax", 0, 0, 1),
+            Step("F.softmax", 0, 0, 1),
+            Step("cumsum", 3, 0, 0),
+            Step("x > y", 3, 1, 0),
+        ),
+        3,
+    ),
+    "the layout, read back": Program(("layout",), (Step("tolist", 0, 0, 0), Step("clone", 0, 0, 0)), 3),
+    "the largest of each column": Program(
+        ("positions", "table"), (Step("method max", 1, 0, 0), Step("where", 0, 2, 1)), 3
+    ),
+    "a value of the layout, written to": Program(
+        ("layout",), (Step("-x", 0, 0, 0), Step("add_", 1, 0, 0), Step("clone", 0, 0, 0)), 3
+    ),
+}
+
+
+@pytest.mark.parametrize("name", FOUND)
+def test_found_by_random_graphs(name: str) -> None:
+    check(FOUND[name])
 
 
 NUM_BATCHES, BATCH, NUM_TRACED = 30, 100, 12
