@@ -41,11 +41,11 @@ class Seen:
 
 
 class Sizes:
-    """Gives the symbols in the shapes of one graph numbers."""
+    """Gives the symbols in the shapes of a graph's inputs numbers."""
 
     def __init__(self, gm: fx.GraphModule) -> None:
         self._symbols: set[Any] = set()
-        for node in gm.graph.nodes:
+        for node in gm.graph.find_nodes(op="placeholder"):
             value = node.meta.get("val")
             for size in value.shape if isinstance(value, Tensor) else [value]:
                 if isinstance(size, torch.SymInt) and isinstance(size.node.expr, sympy.Basic):
@@ -135,10 +135,7 @@ class Masks:
         return seen
 
     def _ask(self, term: Term, length: int, batch: int) -> Tensor:
-        try:
-            return Evaluator(self._gm, self._sizes.at(term.shape[-1], length, batch))(term.node)
-        except RuntimeError as error:
-            raise Refused(f"has a mask that cannot be evaluated at length {length}: {error}") from error
+        return Evaluator(self._gm, self._sizes.at(term.shape[-1], length, batch))(term.node)
 
     def _lengths(self, terms: Sequence[Term]) -> list[int]:
         """The lengths to ask at, in ascending order. Raises Refused where they would be too large."""

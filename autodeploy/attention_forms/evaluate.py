@@ -15,6 +15,7 @@ from autodeploy.effects import is_pure
 from autodeploy.graph import get_attribute
 
 _NUMBERS = (int, float, bool, torch.SymInt, torch.SymFloat, torch.SymBool)
+_POSITIONS = ("position_ids", "cache_position", "positions")  # how the names of such inputs end
 
 
 class Refused(Exception):
@@ -25,7 +26,7 @@ class Evaluator:
     """Values of nodes, computed on demand and kept.
 
     `sizes` gives each sympy symbol of the graph's shapes a number, `given` gives nodes their values; integer inputs
-    with "position" in their name count up along their last dimension. Everything else must be known (`known_nodes`).
+    that are called positions count up along their last dimension. Everything else must be known (`known_nodes`).
     """
 
     def __init__(self, gm: fx.GraphModule, sizes: Mapping[Any, int], given: Mapping[fx.Node, Any] | None = None):
@@ -34,7 +35,7 @@ class Evaluator:
         self._values: dict[fx.Node, Any] = dict(given or {})
 
     def __call__(self, node: fx.Node) -> Any:
-        """The value of `node`. Raises whatever its ops raise at these sizes."""
+        """The value of `node`. Raises Refused where an op fails at these sizes."""
         waiting = [node]
         while waiting:
             current = waiting[-1]
@@ -66,13 +67,19 @@ class Evaluator:
             return torch.arange(shape[-1], dtype=value.dtype, device=value.device).expand(shape)
         args, kwargs = map_arg((node.args, node.kwargs), self._values.__getitem__)
         assert callable(node.target)
-        return node.target(*args, **kwargs)
+        try:
+            return node.target(*args, **kwargs)
+        except (RuntimeError, IndexError, ValueError) as error:
+            reason = str(error).strip().splitlines()[0]
+            raise Refused(f"cannot be evaluated at the sizes {self._sizes}: {node.name}: {reason}") from error
 
     def _number(self, value: Any) -> Any:
         expr = value.node.expr if isinstance(value, torch.SymInt | torch.SymFloat | torch.SymBool) else value
         if expr is value:
             return value
         number = expr.subs(self._sizes)
+        if number.free_symbols:
+            raise Refused(f"depends on a size, {expr}, that is not one of an input")
         return bool(number) if isinstance(value, torch.SymBool) else int(number) if number.is_integer else float(number)
 
 
@@ -92,7 +99,7 @@ def _is_known(gm: fx.GraphModule, node: fx.Node, found: set[fx.Node]) -> bool:
         return not free_unbacked_symbols(value)
     if node.op == "placeholder":
         is_integer = isinstance(value, Tensor) and not (value.is_floating_point() or value.dtype is torch.bool)
-        return is_integer and value.dim() > 0 and "position" in node.name
+        return is_integer and value.dim() > 0 and node.name.strip("_").endswith(_POSITIONS)
     if node.op == "get_attr":
         return not isinstance(get_attribute(gm, str(node.target)), torch.nn.Parameter)
     return node.op == "call_function" and is_pure(node) and all(arg in found for arg in node.all_input_nodes)

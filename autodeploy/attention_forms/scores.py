@@ -72,12 +72,18 @@ class ScoreReader:
     def __init__(self, gm: fx.GraphModule, known: set[fx.Node]) -> None:
         self._constants = Evaluator(gm, {})
         self._known = known
+        self._read: dict[fx.Node, Scores | None] = {}
 
     def read(self, node: fx.Node) -> Scores | None:
         """The scores that `node` holds, or None where it does not come from a product of queries and keys.
 
         Raises Refused where it does, in a way that the canonical op cannot express.
         """
+        if node not in self._read:
+            self._read[node] = self._read_new(node)
+        return self._read[node]
+
+    def _read_new(self, node: fx.Node) -> Scores | None:
         if node.op != "call_function":
             return None
         if node.target in _PRODUCTS:
@@ -110,16 +116,20 @@ class ScoreReader:
         return Scores(_node(query), _node(key), words=(name,))
 
     def _mul(self, node: fx.Node) -> Scores | None:
-        return self._times(node.args[0], node.args[1]) or self._times(node.args[1], node.args[0])
+        first, second = node.args
+        return self._times(first, second) or self._times(second, first)
 
     def _div(self, node: fx.Node) -> Scores | None:
-        divisor = self.number(node.args[1])
-        return self._times(node.args[0], 1 / divisor) if divisor else None
+        return self._times(node.args[0], node.args[1], power=-1)
 
-    def _times(self, scores: Any, factor: Any) -> Scores | None:
+    def _times(self, scores: Any, factor: Any, *, power: int = 1) -> Scores | None:
+        inner = self.read(scores) if isinstance(scores, fx.Node) else None
+        if inner is None:
+            return None
         number = self.number(factor)
-        inner = self.read(scores) if isinstance(scores, fx.Node) and number is not None else None
-        return inner.times(number) if inner and number is not None else None
+        if not number:
+            raise Refused(f"scales its scores by {factor}, which is not a constant")
+        return inner.times(number**power)
 
     def _tanh(self, node: fx.Node) -> Scores | None:
         inner = self.read(_node(node.args[0]))
