@@ -141,7 +141,7 @@ _RUNNING_MEAN = ATTRIBUTES.index("norm.running_mean")
 # What random graphs once got wrong, made small.
 FOUND = {
     "an embedding that scales its table": Program(
-        ("positions",), (Step("embedding with max_norm", 0, 0, 0), Step("clone", 0, 0, 0)), 3
+        ("x", "positions"), (Step("sub", 0, 1, 0), Step("embedding with max_norm", 1, 1, 0)), 3
     ),
     "running statistics, read later": Program(
         ("positions", "x"),
