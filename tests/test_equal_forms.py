@@ -216,6 +216,10 @@ NEAR_MISSES: dict[str, tuple[Form, str]] = {
     "a float for a full page": (lambda q, c, x: torch.where(c % 4 == 0, 4.0, c % 4), ""),
     "unsigned": (lambda q, c, x: (c.to(torch.uint8) - 1) % 4 + 1, ""),
     "promoted": (lambda q, c, x: torch.where(c % 4 == 0, torch.full_like(c, 4, dtype=INT64), c % 4), "signed integer"),
+    "a truth value for a full page": (
+        lambda q, c, x: torch.where(c % 4 == 0, torch.full_like(c, 4, dtype=torch.bool), c % 4),
+        "",
+    ),
     "broadcast": (lambda q, c, x: (c[:, None] + q) - q, "another shape"),
     "sums of floats": (lambda q, c, x: ((r := q.double()) + c) - r, ""),
     "not the q that was added": (lambda q, c, x: (c + q) - c * 2, ""),

@@ -36,7 +36,7 @@ class Values:
         self._same: dict[fx.Node, fx.Node] = {}
         self._first: dict[Any, fx.Node] = {}
         inputs = graph.find_nodes(op="placeholder")
-        self.layouts = {node for node in inputs if any(is_field(user.target) for user in node.users)}
+        self.layouts = {node for node in inputs if any(_is_field_of(user, node) for user in node.users)}
         for layout in self.layouts:
             self._types[layout] = (torch.int32, (("S", layout), ("C", layout)))
 
@@ -122,7 +122,7 @@ class Values:
         if is_int(value):
             return value
         meaning = self.meaning(value)
-        return meaning.args[0] if meaning.op == "full" else None
+        return meaning.args[0] if meaning.op == "full" and self.dtype(value) in INTEGERS else None
 
     def same_shape(self, a: Any, b: Any) -> bool:
         """Whether two tensors are known to have the same shape."""
@@ -182,6 +182,10 @@ class Values:
 def _tensors(call: Call) -> list[Any]:
     """What a call computes with, the condition of `where` left out."""
     return [arg for arg in call.args[call.op == "where" :] if isinstance(arg, fx.Node | Call)]
+
+
+def _is_field_of(user: fx.Node, layout: fx.Node) -> bool:
+    return is_field(user.target) and user.all_input_nodes[0] is layout
 
 
 def is_size(a: Any, b: Any) -> bool:
