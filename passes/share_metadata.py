@@ -21,6 +21,7 @@ from autodeploy.dependence import KEPT, Split, split
 from autodeploy.equality import merge_equal, merge_equal_numbers
 from autodeploy.graph import near_miss, prepare_nodes
 from autodeploy.memory import TOO_LARGE, too_large_to_share
+from autodeploy.metadata.equal_forms import rewrite_equal_forms
 from autodeploy.outline import hoist_scalars, inline, outline
 
 
@@ -54,7 +55,7 @@ def _normalize(gm: fx.GraphModule, parts: Split) -> Split:
         parts = split(gm)
     if _share_numbers(gm, parts):
         parts = split(gm)
-    if False:
+    if rewrite_equal_forms(gm.graph, parts.known):
         parts = split(gm)
     too_large = too_large_to_share(gm.graph, parts.known, parts.metadata)
     for node in too_large:
