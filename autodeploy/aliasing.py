@@ -5,6 +5,7 @@ Not seen: two inputs of a graph that share storage.
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Callable, Iterable
 from typing import Any, NamedTuple
 
@@ -49,6 +50,8 @@ _MAY_ALIAS = frozenset(
         "unsafe_split",
     ]
 )
+
+_VIEWING_OPERATORS = (operator.getitem, operator.pos)
 
 
 def mutated(graph: fx.Graph) -> set[fx.Node]:
@@ -143,7 +146,8 @@ def _argument_names(op: str, target: Any) -> _ArgumentNames:
     if (op == "call_method" and target in CASTS) or target is getattr:
         return _ArgumentNames((), _FIRST)
     if is_python_operator(target):
-        return _ArgumentNames(_FIRST if is_in_place_operator(target) else (), _FIRST)
+        in_place = is_in_place_operator(target)
+        return _ArgumentNames(_FIRST if in_place else (), _FIRST if in_place or target in _VIEWING_OPERATORS else ())
     if is_number_function(target):
         return _ArgumentNames((), ())
     known = overloads(op, target)

@@ -38,24 +38,25 @@ class ShareMetadata:
     def apply(self, gm: fx.GraphModule) -> int:
         parts = split(gm)
         if parts.metadata:
-            parts = _normalize(gm, parts)
+            parts = _collect(gm, parts)
         moved = len(parts.metadata)
-        merged = merge_equal(gm.graph, [node for node in gm.graph.nodes if _can_merge(node, parts)])
+        unique = _merge(gm, parts)
+        merged = len(parts.known) - len(unique.known)
         if moved:
-            outline(gm, parts.without(merged))
+            if rewrite_equal_forms(gm.graph, unique.known):
+                unique = _merge(gm, split(gm))
+            outline(gm, unique)
         for node, reason in parts.refused.items():
             near_miss(gm, node, reason)
-        return moved or len(merged)
+        return moved or merged
 
 
-def _normalize(gm: fx.GraphModule, parts: Split) -> Split:
-    """Bring what was shared before and what came since together, equal things to equal forms; what to share now."""
+def _collect(gm: fx.GraphModule, parts: Split) -> Split:
+    """Bring what was shared before and what came since together; returns what is to be shared now."""
     if prepare_nodes(gm):
         inline(gm)
         parts = split(gm)
     if _share_numbers(gm, parts):
-        parts = split(gm)
-    if rewrite_equal_forms(gm.graph, parts.known):
         parts = split(gm)
     too_large = too_large_to_share(gm.graph, parts.known, parts.metadata)
     for node in too_large:
@@ -69,5 +70,7 @@ def _share_numbers(gm: fx.GraphModule, parts: Split) -> int:
     return merge_equal_numbers([node for node in gm.graph.nodes if node in parts.scalars])
 
 
-def _can_merge(node: fx.Node, parts: Split) -> bool:
-    return node in parts.known and node.op in ("call_function", "call_method", "get_attr")
+def _merge(gm: fx.GraphModule, parts: Split) -> Split:
+    """Merge what is equal in the layout-only part; returns what is left of it."""
+    ops = ("call_function", "call_method", "get_attr")
+    return parts.without(merge_equal(gm.graph, [n for n in gm.graph.nodes if n in parts.known and n.op in ops]))
