@@ -112,7 +112,7 @@ def _observe_or_none(gm: fx.GraphModule, make: MakeInputs, size: int) -> Observa
     """None where the graph itself cannot run on that size."""
     try:
         return observe(gm, make, size)
-    except (RuntimeError, IndexError, ValueError, TypeError):
+    except Exception:
         return None
 
 
