@@ -183,10 +183,10 @@ def test_same_bits_as_inductor_on_models(model_type: str) -> None:
     logits = []
     for backend in ("autodeploy", "inductor"):
         torch._dynamo.reset()
-        step = torch.compile(model, backend=backend, dynamic=True, fullgraph=True)
         with torch.no_grad():
-            logits.append([step(**tokens(*shape), use_cache=False).logits for shape in SHAPES])
-    assert_equal(*logits)
+            step = torch.compile(model, backend=backend, dynamic=False, fullgraph=True)
+            logits.append(step(**tokens(2, 17), use_cache=False).logits)
+    torch.testing.assert_close(*logits, rtol=0, atol=0)
     assert len(dynamo.reports()) == 1
 
 
