@@ -11,11 +11,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import sympy
 import torch
 from torch import Tensor, fx
 
-from autodeploy.attention_forms.evaluate import Evaluator, Refused, cone, constants
+from autodeploy.attention_forms.evaluate import Evaluator, Refused, cone, constants, is_positions
 from autodeploy.attention_forms.scores import HIDDEN, Term
 
 _SMALL = (5, 33)
@@ -45,20 +44,28 @@ class Sizes:
 
     def __init__(self, gm: fx.GraphModule) -> None:
         self._symbols: set[Any] = set()
+        self._lengths: set[Any] = set()
         for node in gm.graph.find_nodes(op="placeholder"):
             value = node.meta.get("val")
-            for size in value.shape if isinstance(value, Tensor) else [value]:
-                if isinstance(size, torch.SymInt) and isinstance(size.node.expr, sympy.Basic):
-                    self._symbols |= size.node.expr.free_symbols
+            sizes = [*value.shape] if isinstance(value, Tensor) else [value]
+            self._symbols.update(*map(_symbols, sizes))
+            if is_positions(node):
+                self._lengths |= _symbols(sizes[-1])
 
     def at(self, length: Any, asked: int, others: int) -> dict[Any, int]:
-        """`asked` for the symbolic `length`, `others` for the rest. Raises Refused where `length` is no symbol."""
-        sizes = dict.fromkeys(self._symbols, others)
-        if isinstance(length, torch.SymInt):
-            if not length.node.expr.is_Symbol:
-                raise Refused(f"has a length of {length}, which cannot be chosen freely")
-            sizes[length.node.expr] = asked
-        return sizes
+        """`asked` for the symbolic `length` and that of positions, `others` for the rest.
+
+        Raises Refused where `length` is no symbol.
+        """
+        if not isinstance(length, torch.SymInt):
+            return dict.fromkeys(self._symbols, others)
+        if not length.node.expr.is_Symbol:
+            raise Refused(f"has a length of {length}, which cannot be chosen freely")
+        return dict.fromkeys(self._symbols, others) | dict.fromkeys({length.node.expr, *self._lengths}, asked)
+
+
+def _symbols(size: Any) -> set[Any]:
+    return set(size.node.expr.free_symbols) if isinstance(size, torch.SymInt) else set()
 
 
 class Masks:

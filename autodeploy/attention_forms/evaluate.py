@@ -63,6 +63,7 @@ class Evaluator:
         if node.op == "get_attr":
             return get_attribute(self._gm, str(node.target))
         if node.op == "placeholder":
+            assert isinstance(value, Tensor)
             shape = self.shape(value)
             return torch.arange(shape[-1], dtype=value.dtype, device=value.device).expand(shape)
         args, kwargs = map_arg((node.args, node.kwargs), self._values.__getitem__)
@@ -98,11 +99,18 @@ def _is_known(gm: fx.GraphModule, node: fx.Node, found: set[fx.Node]) -> bool:
     if isinstance(value, _NUMBERS):
         return not free_unbacked_symbols(value)
     if node.op == "placeholder":
-        is_integer = isinstance(value, Tensor) and not (value.is_floating_point() or value.dtype is torch.bool)
-        return is_integer and value.dim() > 0 and node.name.strip("_").endswith(_POSITIONS)
+        return is_positions(node)
     if node.op == "get_attr":
         return not isinstance(get_attribute(gm, str(node.target)), torch.nn.Parameter)
     return node.op == "call_function" and is_pure(node) and all(arg in found for arg in node.all_input_nodes)
+
+
+def is_positions(node: fx.Node) -> bool:
+    """Whether an input is the positions of tokens, to go by its name: integers, along the last dimension."""
+    value = node.meta.get("val")
+    if not isinstance(value, Tensor) or value.is_floating_point() or value.dtype is torch.bool:
+        return False
+    return value.dim() > 0 and node.name.strip("_").endswith(_POSITIONS)
 
 
 def cone(node: fx.Node) -> Iterator[fx.Node]:

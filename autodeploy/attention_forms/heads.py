@@ -107,7 +107,7 @@ def _peel_view(operand: Operand) -> Operand | None:
     node = operand.node
     if node.target in _COPIES:
         return replace(operand, node=node.all_input_nodes[0])
-    if node.target in (aten.transpose.int, aten.permute.default) and _swaps_last_two(node):
+    if _swaps_last_two(node):
         return replace(operand, node=node.all_input_nodes[0], is_transposed=not operand.is_transposed)
     if not keeps_rows(node) or len(operand.shape) != 3:
         return None
@@ -119,7 +119,9 @@ def _swaps_last_two(node: fx.Node) -> bool:
     ndim = node.meta["val"].dim()
     if node.target is aten.transpose.int:
         return {dim % ndim for dim in node.args[1:3] if isinstance(dim, int)} == {ndim - 2, ndim - 1}
-    order = [dim % ndim for dim in node.args[1] if isinstance(dim, int)] if isinstance(node.args[1], list) else []
+    if node.target is not aten.permute.default or not isinstance(node.args[1], list):
+        return node.target is aten.mT.default
+    order = [dim % ndim for dim in node.args[1] if isinstance(dim, int)]
     return order == [*range(ndim - 2), ndim - 1, ndim - 2]
 
 

@@ -108,7 +108,7 @@ class Matcher:
             value=value_operand,
             num_heads=heads,
             num_kv_heads=kv_heads,
-            scale=scores.scale * query.scale * key.scale,
+            scale=scores.scale * query.scale * key.scale * (scores.softcap or 1.0),
             softcap=scores.softcap,
             sinks=scores.sinks,
             bias=tuple(others),

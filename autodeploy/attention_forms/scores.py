@@ -34,7 +34,8 @@ class Term:
 
 @dataclass(frozen=True)
 class Scores:
-    """Scores as far as they have been read. `key` is [..., D, S] as it is multiplied; `softcap` scales tanh(scale QK).
+    """Scores as far as they have been read. `key` is [..., D, S] as it is multiplied; `softcap` is what tanh(scale QK) is
+    multiplied by.
 
     `words` name the forms on the way, for the table of forms.
     """
@@ -140,15 +141,15 @@ class ScoreReader:
         return replace(inner, softcap=1.0, words=(*inner.words, "softcap"))
 
     def _add(self, node: fx.Node) -> Scores | None:
-        alpha = node.kwargs.get("alpha", 1)
+        alpha = self.number(node.kwargs.get("alpha", 1))
         first, second = node.args
         inner = self.read(first) if isinstance(first, fx.Node) else None
         added, factor = second, alpha
         if inner is None and alpha == 1 and isinstance(second, fx.Node):
-            inner, added, factor = self.read(second), first, 1
+            inner, added, factor = self.read(second), first, 1.0
         if inner is None:
             return None
-        return inner if added == 0 else inner.plus(_term(node, added, "add", factor=factor), "added")
+        return inner.plus(_term(node, added, "add", factor=factor), "added")
 
     def _sub(self, node: fx.Node) -> Scores | None:
         first, second = node.args
@@ -157,7 +158,8 @@ class ScoreReader:
             return None
         if _is_maximum_of(second, _node(first)):
             return inner  # a softmax does not see what is the same along a row
-        return inner.plus(_term(node, second, "add", factor=-node.kwargs.get("alpha", 1)), "added")
+        alpha = self.number(node.kwargs.get("alpha", 1))
+        return inner.plus(_term(node, second, "add", factor=alpha and -alpha), "added")
 
     def _where(self, node: fx.Node) -> Scores | None:
         mask, kept, other = node.args
@@ -223,13 +225,13 @@ def _keeps_scores(node: fx.Node) -> bool:
 
 
 def _term(node: fx.Node, operand: Any, role: Any, *, factor: float | None = 1.0, fill: float | None = None) -> Term:
-    if not isinstance(operand, fx.Node):
+    if not isinstance(operand, fx.Node) or factor is None:
         raise Refused(f"adds {operand} to its scores")
     if role != "add" and fill is None:
         raise Refused("replaces masked scores by something that is not a number")
     if role != "add" and fill is not None and fill > HIDDEN:
         raise Refused(f"replaces masked scores by {fill:g}, which other scores may come near")
-    return Term(operand, role, node.meta["val"].shape, factor or 0.0, -math.inf if fill is None else fill)
+    return Term(operand, role, node.meta["val"].shape, factor, -math.inf if fill is None else fill)
 
 
 def _is_maximum_of(node: fx.Node, scores: fx.Node) -> bool:
