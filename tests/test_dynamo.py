@@ -30,7 +30,8 @@ from torch._inductor.custom_graph_pass import CustomGraphPass
 from autodeploy import dynamo
 from autodeploy.doctor import doctor_lines
 from autodeploy.graph import ROLE, placeholders
-from autodeploy.report import Report
+from autodeploy.pipeline import Counts, NearMiss, PassRecord
+from autodeploy.report import Ledger, Report
 
 # Inductor's own imports use a deprecated part of torch.
 pytestmark = pytest.mark.filterwarnings("ignore:`torch.jit.script_method` is deprecated:DeprecationWarning")
@@ -382,6 +383,15 @@ def test_a_process_that_imports_nothing_of_ours(tmp_path: Path) -> None:
 
 def test_doctor_finds_the_entry_point() -> None:
     assert any('backend="autodeploy" is registered' in line for line in doctor_lines())
+
+
+def test_refusals_are_grouped_by_reason() -> None:
+    misses = tuple(NearMiss(f"node {name}", "draws random numbers") for name in ("rand", "rand_1", "rand_2"))
+    counts = Counts(1, 0, 0, 0)
+    record = PassRecord("share_metadata", "", 0, (*misses, NearMiss("node view", "is odd")), counts, counts, 0.0)
+    lines = str(Report((record,), Ledger(0, 0, 0, 0, 0, 0), graph="0/0")).splitlines()
+    assert "  near miss in share_metadata: 3 x draws random numbers (node rand)" in lines
+    assert "  near miss in share_metadata: is odd (node view)" in lines
 
 
 def test_reports_in_words_and_json() -> None:
