@@ -203,7 +203,7 @@ def test_graph_breaks() -> None:
     class Broken(nn.Module):
         def __init__(self) -> None:
             super().__init__()
-            self.layers = layers("mask")
+            self.layers = layers("rope")
 
         def forward(self, x: Tensor) -> Tensor:
             y = self.layers(x)
