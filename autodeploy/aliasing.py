@@ -5,8 +5,9 @@ Not seen: two inputs of a graph that share storage.
 
 from __future__ import annotations
 
+import inspect
 import operator
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Collection, Iterable
 from typing import Any, NamedTuple
 
 import torch
@@ -14,7 +15,7 @@ from torch import fx
 from torch._ops import HigherOrderOperator, OpOverload
 from torch.fx.node import map_arg
 
-from autodeploy.effects import KEEPS_STATISTICS, body_impurity, impurity, is_asked_in_place
+from autodeploy.effects import HOST_READS, KEEPS_STATISTICS, body_impurity, impurity, is_asked_to_write
 from autodeploy.spelling import (
     CASTS,
     attribute,
@@ -51,12 +52,17 @@ _MAY_ALIAS = frozenset(
     ]
 )
 
+# These write to copies, which they return.
+_FUNCTIONALIZED = (torch.ops.higher_order.auto_functionalized, torch.ops.higher_order.auto_functionalized_v2)
 _VIEWING_OPERATORS = (operator.getitem, operator.pos)
 
 
-def mutated(graph: fx.Graph) -> set[fx.Node]:
-    """Nodes that some node may write to, with everything that may share their storage (views up and down)."""
-    written = [arg for node in graph.nodes if _may_write(node) for arg in writes(node)]
+def mutated(graph: fx.Graph, numbers: Collection[fx.Node] = ()) -> set[fx.Node]:
+    """Nodes that some node may write to, with everything that may share their storage (views up and down).
+
+    `numbers` are nodes that are no tensors: `n += 1` writes to nothing.
+    """
+    written = [arg for node in graph.nodes if _may_write(node) and node not in numbers for arg in writes(node)]
     if not written:
         return set()
     attributes = _attributes_by_storage(graph)
@@ -100,6 +106,8 @@ def aliased(node: fx.Node) -> list[fx.Node]:
     """The arguments that the result of `node` may share storage with."""
     if node.op in ("placeholder", "output", "get_attr") or is_measure(node):
         return []
+    if node.target in _FUNCTIONALIZED:
+        return []
     if node.op == "call_module" or isinstance(node.target, HigherOrderOperator):
         return node.all_input_nodes
     return _pick(node, _argument_names(node).aliased)
@@ -131,7 +139,7 @@ _FIRST = (_Argument(0, "self"), _Argument(0, "input"))
 
 
 def _pick(node: fx.Node, names: Iterable[_Argument] | None) -> list[fx.Node]:
-    if names is None or is_asked_in_place(node):
+    if names is None or is_asked_to_write(node):
         return node.all_input_nodes
     found: list[fx.Node] = []
     for position, name in names:
@@ -148,12 +156,17 @@ def _argument_names(op: str, target: Any) -> _ArgumentNames:
     if is_python_operator(target):
         in_place = is_in_place_operator(target)
         return _ArgumentNames(_FIRST if in_place else (), _FIRST if in_place or target in _VIEWING_OPERATORS else ())
-    if is_number_function(target):
+    if is_number_function(target) or (op == "call_method" and target in HOST_READS):
         return _ArgumentNames((), ())
     known = overloads(op, target)
     if not known:
         return _ArgumentNames(None, None)
-    return _ArgumentNames(_flagged(known, _is_written), _flagged(known, _is_shared))
+    written, shared = _flagged(known, _is_written), _flagged(known, _is_shared)
+    if any(base_name(overload) in _MAY_ALIAS for overload in known):
+        shared = None
+    # The arguments of a Python function are those of the op in an order of its own.
+    is_function = inspect.isfunction(target)
+    return _ArgumentNames(None if is_function and written else written, None if is_function and shared else shared)
 
 
 def _flagged(
@@ -177,7 +190,7 @@ def _is_written(overload: OpOverload, argument: torch.Argument) -> bool:
 
 
 def _is_shared(overload: OpOverload, argument: torch.Argument) -> bool:
-    return argument.alias_info is not None or base_name(overload) in _MAY_ALIAS
+    return argument.alias_info is not None
 
 
 def _module_writes(node: fx.Node) -> list[fx.Node]:

@@ -11,7 +11,7 @@ from torch import fx
 from autodeploy.aliasing import mutated
 from autodeploy.effects import RANDOM, autocast_change, impurity
 from autodeploy.graph import PREPARE, ROLE
-from autodeploy.spelling import attribute, is_arithmetic, is_measure, recorded_value
+from autodeploy.spelling import attribute, is_arithmetic, is_in_place_operator, is_measure, recorded_value
 
 KEPT = "autodeploy_kept"  # meta of a layout-only node that stays where it is: why
 _SHARES_WRITTEN_STORAGE = "may share storage with a value that is written to"
@@ -44,7 +44,7 @@ def split(gm: fx.GraphModule) -> Split:
     """Split `gm` by dependence alone, in one sweep."""
     roles = input_roles(gm.graph)
     scalars = find_scalars(gm.graph)
-    written = mutated(gm.graph)
+    written = mutated(gm.graph, scalars)
     result = Split(set(), scalars, [], {})
     reads: set[fx.Node] = set()
     autocast_depth = 0
@@ -54,13 +54,16 @@ def split(gm: fx.GraphModule) -> Split:
             continue
         is_source = node.op == "placeholder" or is_prepare(node) or is_unpacking(node)
         depends = node not in scalars and any(arg in reads or arg in scalars for arg in node.all_input_nodes)
-        reason = None if is_source else node.meta.get(KEPT) or _why_not(node, node in written, autocast_depth)
-        if reason is not None and node.users and (depends or reason == RANDOM):
-            result.refused[node] = reason
-        if reason is not None or node in written:
+        is_layout = roles.get(node) == "layout"
+        reason = _SHARES_WRITTEN_STORAGE if node in written else None
+        if not is_source and node not in scalars:
+            reason = node.meta.get(KEPT) or _why_not(node, autocast_depth) or reason
+        if reason is not None:
+            if node.users and (depends or is_layout or node.op == "get_attr" or reason == RANDOM):
+                result.refused[node] = reason
             continue
         result.known.add(node)
-        if depends or roles.get(node) == "layout":
+        if depends or is_layout:
             reads.add(node)
         if depends and not is_source:
             result.metadata.append(node)
@@ -93,7 +96,7 @@ def find_scalars(graph: fx.Graph) -> set[fx.Node]:
     for node in graph.nodes:
         if node.op == "placeholder":
             is_scalar = isinstance(recorded_value(node), _NUMBERS)
-        elif is_arithmetic(node):
+        elif is_arithmetic(node) or is_in_place_operator(node.target):
             is_scalar = all(arg in found for arg in node.all_input_nodes)
         else:
             is_scalar = is_measure(node)
@@ -115,10 +118,8 @@ def _depends_on_known(node: fx.Node, roles: dict[fx.Node, str | None], so_far: S
     return all(arg in so_far.known for arg in node.all_input_nodes)
 
 
-def _why_not(node: fx.Node, is_written: bool, autocast_depth: int) -> str | None:
+def _why_not(node: fx.Node, autocast_depth: int) -> str | None:
     reason = impurity(node)
-    if reason is None and is_written:
-        return _SHARES_WRITTEN_STORAGE
     return _IN_AUTOCAST if reason is None and autocast_depth else reason
 
 

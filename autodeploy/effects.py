@@ -51,7 +51,7 @@ _PURE_HIGHER_ORDER = frozenset(
     )
     if hasattr(torch.ops.higher_order, name)
 )
-_HOST_READS = frozenset(["item", "numpy", "tolist"])
+HOST_READS = frozenset(["item", "numpy", "tolist"])
 # In training these write to their running statistics, though the schema does not say so.
 KEEPS_STATISTICS = frozenset(
     ["batch_norm", "cudnn_batch_norm", "instance_norm", "miopen_batch_norm", "native_batch_norm"]
@@ -75,7 +75,7 @@ def impurity(node: fx.Node) -> str | None:
     if node.target is getattr:
         return None if node.args[1] in VIEW_ATTRIBUTES else UNKNOWN
     reason, may_be_unbacked = _target_impurity(node)
-    if reason is None and ("out" in node.kwargs or is_asked_in_place(node)):
+    if reason is None and ("out" in node.kwargs or is_asked_to_write(node)):
         return WRITES
     return UNBACKED if reason is None and may_be_unbacked and _is_unbacked(node) else reason
 
@@ -91,26 +91,26 @@ def autocast_change(op: str, target: Any) -> int:
     return _AUTOCAST.get(getattr(target, "__name__", ""), 0) if op == "call_function" else 0
 
 
-def is_asked_in_place(node: fx.Node) -> bool:
-    """Whether a torch function is asked by its `inplace` argument to write to its input."""
-    position = _inplace_position(node)
-    if position is None:
-        return False
-    return bool(node.args[position] if position < len(node.args) else node.kwargs.get("inplace", False))
+def is_asked_to_write(node: fx.Node) -> bool:
+    """Whether a torch function is asked by an argument to write to its inputs: `inplace`, or `max_norm` of a table."""
+    return any(
+        (node.args[position] if position < len(node.args) else node.kwargs.get(name)) not in (None, False)
+        for position, name in _writing_parameters(node)
+    )
 
 
 @per_target
-def _inplace_position(op: str, target: Any) -> int | None:
+def _writing_parameters(op: str, target: Any) -> list[tuple[int, str]]:
     if not inspect.isfunction(target):
-        return None
-    names = list(inspect.signature(target).parameters)
-    return names.index("inplace") if "inplace" in names else None
+        return []
+    names = enumerate(inspect.signature(target).parameters)
+    return [(position, name) for position, name in names if name in ("inplace", "max_norm")]
 
 
 @per_target
 def _target_impurity(op: str, target: Any) -> tuple[str | None, bool]:
     """Why no node with this target is pure, or None; and whether the size of its result may depend on data."""
-    if op == "call_method" and target in _HOST_READS:
+    if op == "call_method" and target in HOST_READS:
         return HOST, False
     if op == "call_method" and target in CASTS:
         return None, False

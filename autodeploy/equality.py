@@ -9,6 +9,8 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import fx
+from torch._ops import OpOverload
+from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import _disable_current_modes
 
 from autodeploy.aliasing import returned
@@ -30,7 +32,7 @@ def merge_equal(graph: fx.Graph, candidates: Iterable[fx.Node]) -> set[fx.Node]:
     merged: set[fx.Node] = set()
     for node in candidates:
         first = seen.setdefault(value_key(node, {}), node)
-        if first is node or (node in given_away and first in given_away):
+        if first is node or not _can_be_one(node, first, given_away):
             continue
         if node in given_away:
             given_away.add(first)
@@ -38,6 +40,13 @@ def merge_equal(graph: fx.Graph, candidates: Iterable[fx.Node]) -> set[fx.Node]:
         graph.erase_node(node)
         merged.add(node)
     return merged
+
+
+def _can_be_one(node: fx.Node, other: fx.Node, given_away: set[fx.Node]) -> bool:
+    """Whether no caller can tell that two equal nodes are one."""
+    if node.op == "get_attr":
+        return attribute(node) is attribute(other) or not (node in given_away or other in given_away)
+    return not (node in given_away and other in given_away)
 
 
 def merge_equal_numbers(scalars: Iterable[fx.Node]) -> int:
@@ -83,7 +92,7 @@ def value_key(node: fx.Node, same_as: _SameAs) -> Any:
     signature = _signature(node.op, node.target)
     args, kwargs = node.args, node.kwargs
     if signature is None or len(args) > len(signature.names) or not kwargs.keys() <= signature.known:
-        return (node.op, node.target, _freeze(args, same_as), _freeze(kwargs, same_as))
+        return (node.op, node.target, _freeze(args, same_as), _freeze(kwargs, same_as), _brackets(node))
     given = [_freeze(arg, same_as) for arg in args]
     rest = signature.names[len(args) :]
     given += [_freeze(kwargs[name], same_as) if name in kwargs else default for name, default in rest]
@@ -103,6 +112,13 @@ def _freeze(value: Any, same_as: _SameAs) -> Any:
     if isinstance(value, slice):
         return (slice, _freeze((value.start, value.stop, value.step), same_as))
     return (kind, value)
+
+
+def _brackets(node: fx.Node) -> Any:
+    """Which arguments are lists: to ATen they are as good as tuples, to an index in Python they are not."""
+    if isinstance(node.target, OpOverload):
+        return None
+    return pytree.tree_structure((node.args, [node.kwargs[name] for name in sorted(node.kwargs)]))
 
 
 class _Signature(NamedTuple):
@@ -150,7 +166,9 @@ def _graph_key(gm: fx.GraphModule) -> Any:
         places[node] = _Place(index)
         target = None if node.op == "placeholder" else node.target
         value = _constant_key(attribute(node)) if node.op == "get_attr" else None
-        keys.append((node.op, target if value is None else value, _freeze(node.args, places), _freeze(node.kwargs, places)))
+        keys.append(
+            (node.op, target if value is None else value, _freeze(node.args, places), _freeze(node.kwargs, places))
+        )
     return tuple(keys)
 
 

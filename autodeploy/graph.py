@@ -21,12 +21,13 @@ def copy_module(gm: fx.GraphModule) -> fx.GraphModule:
     """A graph of its own over the same parameters, buffers and submodules; node meta is copied one level deep."""
     graph = fx.Graph(tracer_cls=gm.graph._tracer_cls)
     graph.output(graph.graph_copy(gm.graph, {}))
-    copy = fx.GraphModule(gm, graph, class_name=gm.__class__.__name__)
-    copy.meta.update(gm.meta)
+    graph.set_codegen(gm.graph._codegen)
+    module = fx.GraphModule(gm, graph, class_name=gm.__class__.__name__)
+    module.meta.update(gm.meta)
     prepare = getattr(gm, PREPARE, None)
     if isinstance(prepare, fx.GraphModule):
-        setattr(copy, PREPARE, copy_module(prepare))
-    return copy
+        setattr(module, PREPARE, copy_module(prepare))
+    return module
 
 
 def near_miss(gm: fx.GraphModule, node: fx.Node, reason: str) -> None:

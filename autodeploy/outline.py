@@ -13,19 +13,20 @@ from autodeploy.graph import PREPARE, ROLE, get_attribute, placeholders
 
 
 def outline(gm: fx.GraphModule, parts: Split) -> None:
-    """Move `parts.metadata`, and what it reads of constants and sizes, into a new prepare_metadata.
+    """Move `parts.metadata`, and the constants that it reads, into a new prepare_metadata; what nobody reads goes.
 
     Numbers that need no tensor but the inputs go in front of its call, and are arguments of it where they are read.
-    A constant or a size that activations read too is computed on both sides.
+    An attribute or a size that activations read too is read on both sides.
     """
     available = set(placeholders(gm)) | _hoist_scalars(gm, parts)
-    region = _region(gm, parts, available)
-    results = _results(region, set(parts.metadata))
-    inside = set(region)
-    arguments = list(dict.fromkeys(arg for node in region for arg in node.all_input_nodes if arg not in inside))
-    arguments.sort()
-    gm.add_submodule(PREPARE, _submodule(gm, region, arguments, results))
-    _call(gm, arguments, results)
+    region = _in_order(gm, _connected(parts, available))
+    results = _results(region, parts)
+    moved = _in_order(gm, _ancestors(results, available))
+    if results:
+        inside = set(moved)
+        arguments = sorted({arg for node in moved for arg in node.all_input_nodes if arg not in inside})
+        gm.add_submodule(PREPARE, _submodule(gm, moved, arguments, results))
+        _call(gm, arguments, results)
     for node in reversed(region):
         if not node.users:
             gm.graph.erase_node(node)
@@ -74,28 +75,50 @@ def _hoist_scalars(gm: fx.GraphModule, parts: Split) -> set[fx.Node]:
     return hoist_scalars(gm, [node for node in gm.graph.nodes if node in parts.scalars and node in parts.known])
 
 
-def _region(gm: fx.GraphModule, parts: Split, available: set[fx.Node]) -> list[fx.Node]:
-    """The metadata nodes and what they read of constants and their sizes, in graph order."""
-    wanted = set(parts.metadata)
+def _connected(parts: Split, available: set[fx.Node]) -> set[fx.Node]:
+    """The metadata, what it reads of constants, and what else is made of those: a constant is computed on one side."""
+    found: set[fx.Node] = set()
     waiting = list(parts.metadata)
     while waiting:
+        node = waiting.pop()
+        if node in found or node in available:
+            continue
+        found.add(node)
+        waiting += node.all_input_nodes
+        if node.op != "get_attr" and node not in parts.scalars:
+            waiting += [user for user in node.users if user in parts.known]
+    return found
+
+
+def _ancestors(nodes: Iterable[fx.Node], available: set[fx.Node]) -> set[fx.Node]:
+    """`nodes` and all that they are computed from but what is `available`."""
+    found = set(nodes)
+    waiting = list(found)
+    while waiting:
         for arg in waiting.pop().all_input_nodes:
-            if arg not in wanted and arg not in available:
-                wanted.add(arg)
+            if arg not in found and arg not in available:
+                found.add(arg)
                 waiting.append(arg)
-    return [node for node in gm.graph.nodes if node in wanted]
+    return found
 
 
-def _results(region: list[fx.Node], metadata: set[fx.Node]) -> list[fx.Node]:
-    """What of `region` is read by what stays outside: activations, and constants and sizes that they need."""
+def _in_order(gm: fx.GraphModule, nodes: set[fx.Node]) -> list[fx.Node]:
+    return [node for node in gm.graph.nodes if node in nodes]
+
+
+def _results(region: list[fx.Node], parts: Split) -> list[fx.Node]:
+    """What of `region` is read by what stays outside: activations, and sizes that they need."""
     inside = set(region)
     stays: set[fx.Node] = set()
+    results = []
     for node in reversed(region):
-        if node not in metadata and any(user not in inside or user in stays for user in node.users):
+        if not any(user not in inside or user in stays for user in node.users):
+            continue
+        if node.op == "get_attr" or node in parts.scalars:
             stays.add(node)
-    return [
-        node for node in region if node in metadata and any(user not in inside or user in stays for user in node.users)
-    ]
+        else:
+            results.append(node)
+    return results[::-1]
 
 
 def _submodule(

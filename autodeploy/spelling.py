@@ -45,6 +45,11 @@ _IN_PLACE_OPERATORS = frozenset(
         "setitem",
     ]
 )
+# Where a function that has the name of an ATen op is that op.
+_MODULES = frozenset(
+    ["torch", "torch.functional", "torch.nn.functional"]
+    + [f"torch._C._{name}" for name in ("fft", "linalg", "nn", "sparse", "special")]
+)
 _MEASURING_OPS = frozenset(
     getattr(torch.ops.aten, name)
     for name in ("sym_size", "sym_numel", "sym_stride", "sym_storage_offset", "sym_is_contiguous")
@@ -124,11 +129,10 @@ def overloads(op: str, target: Any) -> tuple[OpOverload, ...]:
     packet = target if isinstance(target, OpOverloadPacket) else None
     if op == "call_method":
         packet = getattr(torch.ops.aten, str(target), None)
-    elif packet is None and (getattr(target, "__module__", None) or "").startswith("torch"):
+    elif packet is None and getattr(target, "__module__", None) in _MODULES:
         packet = getattr(torch.ops.aten, getattr(target, "__name__", ""), None)
-    if packet is None:
-        return ()
-    return tuple(getattr(packet, name) for name in packet.overloads() if "out" not in name)
+    found = [getattr(packet, name) for name in packet.overloads()] if packet is not None else []
+    return tuple(overload for overload in found if not any(arg.is_out for arg in overload._schema.arguments))
 
 
 def base_name(overload: OpOverload) -> str:

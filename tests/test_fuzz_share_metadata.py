@@ -13,6 +13,7 @@ import random
 import sys
 import time
 from collections import Counter
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -28,6 +29,13 @@ from traces import text
 from autodeploy import pipeline
 from autodeploy.graph import NEAR_MISS, copy_module
 from passes import ShareMetadata
+
+
+@pytest.fixture(autouse=True)
+def _leave_no_autocast() -> Iterator[None]:
+    """A graph that fails between entering autocast and leaving it would leave it on for other tests."""
+    yield
+    torch.set_autocast_enabled("cpu", False)
 
 
 @dataclass(frozen=True)
