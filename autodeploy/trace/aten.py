@@ -37,14 +37,14 @@ def from_dynamo(gm: fx.GraphModule) -> fx.GraphModule:
     with mode, torch.no_grad(), traceback.preserve_node_meta():
         traced = make_fx(fx.Interpreter(gm).run, pre_dispatch=True, _allow_non_fake_inputs=True)(*values)
     for old, new in zip(inputs, traced.graph.find_nodes(op="placeholder"), strict=True):
-        new.name = new.target = old.name
+        new.name, new.target = old.name, old.target
         new.meta = {key: value for key, value in old.meta.items() if key != "example_value"} | {"val": new.meta["val"]}
     traced.recompile()
     return traced
 
 
 def from_export(program: ExportedProgram, pick: Callable[[Any], Any] | None = None) -> fx.GraphModule:
-    """The module of `program` as a graph of tensors in and one tensor out.
+    """The module of `program` as a graph of tensors in and one tensor out; other inputs, baked in anyway, are dropped.
 
     `pick` takes the output out of what the exported module returned; by default its `logits`, or its only tensor.
     Raises TraceError where that is no tensor.
@@ -63,4 +63,7 @@ def from_export(program: ExportedProgram, pick: Callable[[Any], Any] | None = No
     output.args = (picked,)
     graph.set_codegen(CodeGen())
     graph.eliminate_dead_code()
+    for node in graph.find_nodes(op="placeholder"):
+        if not node.users and not isinstance(node.meta["val"], Tensor):
+            graph.erase_node(node)
     return fx.GraphModule(module, graph)
