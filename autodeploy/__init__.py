@@ -1,6 +1,7 @@
 """autodeploy: an FX compiler for the attention of language models, with one metadata node for all of it."""
 
 from autodeploy.backend import Result, apply
+from autodeploy.dynamo import last_report, reports
 from autodeploy.llm import LLM
 from autodeploy.metadata.fields import field
 from autodeploy.metadata.nest import nest_sequences
@@ -15,7 +16,9 @@ __all__ = [
     "SamplingParams",
     "apply",
     "field",
+    "last_report",
     "nest_sequences",
     "register_backend",
+    "reports",
     "trace",
 ]

@@ -6,7 +6,7 @@ import inspect
 import os
 import platform
 from collections.abc import Sequence
-from importlib.metadata import PackageNotFoundError, version
+from importlib.metadata import PackageNotFoundError, entry_points, version
 from typing import Any
 
 import torch
@@ -62,6 +62,7 @@ def doctor_lines() -> list[str]:
         *((name, _version(name)) for name in _DISTRIBUTIONS),
         *((str(device), description) for device, description in devices.items()),
         ("C++ compiler", _compiler()),
+        ("torch.compile", _compile_backend()),
         ("cache", _cache()),
         *(_backend_row(kind.name, device) for device in devices for kind in kinds()),
     ]
@@ -103,6 +104,13 @@ def _compiler() -> str:
         return get_cpp_compiler()
     except InvalidCxxCompiler:
         return "none found: compiling for the CPU needs one (g++ or clang++); --eager does without"
+
+
+def _compile_backend() -> str:
+    """Whether torch.compile finds our backend, which it does by what the installed distribution declares."""
+    if "autodeploy" in entry_points(group="torch_dynamo_backends").names:
+        return 'backend="autodeploy" is registered'
+    return 'backend="autodeploy" is not registered: install this version of autodeploy-fx again'
 
 
 def _cache() -> str:

@@ -22,7 +22,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import SymBool, SymFloat, SymInt, Tensor, fx
 
-from autodeploy.graph import is_scalar
+from autodeploy.dependence import find_scalars
 
 
 class Carries(IntEnum):
@@ -86,6 +86,7 @@ class Flow:
 
     attention: Collection[fx.Node]
     lengths: frozenset[Any]
+    scalars: Collection[fx.Node]
     carries: dict[fx.Node, Carries] = field(default_factory=dict)
     mixing: list[tuple[fx.Node, str]] = field(default_factory=list)
     places: list[tuple[fx.Node, str]] = field(default_factory=list)
@@ -97,7 +98,7 @@ def token_flow(gm: fx.GraphModule, attention: Collection[fx.Node]) -> Flow:
 
     `gm` is a canonical graph of `input_ids` [B, S], not packed yet, whose nodes have their traced shapes.
     """
-    flow = Flow(attention, _sequence_lengths(gm))
+    flow = Flow(attention, _sequence_lengths(gm), find_scalars(gm.graph))
     for node in gm.graph.nodes if flow.lengths else ():
         carries = _transfer(flow, node)
         flow.carries[node] = carries
@@ -118,9 +119,9 @@ def _transfer(flow: Flow, node: fx.Node) -> Carries:
         return Carries.TOKENS
     if node.op in ("get_attr", "output"):
         return Carries.NOTHING
-    if is_scalar(node):
+    if node in flow.scalars:
         return Carries.PLACES if _has_length(flow, node.meta.get("val")) else Carries.NOTHING
-    values, indices = _operands(node)
+    values, indices = _operands(flow, node)
     if node in flow.attention or node.target is operator.getitem:
         return _discrete(node, values, _join(flow, node, [flow.carries[arg] for arg in values]))
     carried, picked = ([flow.carries[arg] for arg in args] for args in (values, indices))
@@ -234,7 +235,7 @@ def _picks_tokens(flow: Flow, node: fx.Node) -> bool:
     return any(index is not None and dim in dims for dim, index in enumerate(arguments["indices"]))
 
 
-def _operands(node: fx.Node) -> tuple[list[fx.Node], list[fx.Node]]:
+def _operands(flow: Flow, node: fx.Node) -> tuple[list[fx.Node], list[fx.Node]]:
     """The nodes whose values `node` reads: as numbers, and as indices. Sizes and shapes to follow are neither."""
     if not isinstance(node.target, torch._ops.OpOverload):
         return list(node.all_input_nodes), []
@@ -249,7 +250,7 @@ def _operands(node: fx.Node) -> tuple[list[fx.Node], list[fx.Node]]:
         else:
             values += found
     if _name(node) in _FILLS:
-        values = [arg for arg in values if is_scalar(arg)]
+        values = [arg for arg in values if arg in flow.scalars]
     return values[:1] if _name(node).endswith("_as") else values, indices
 
 

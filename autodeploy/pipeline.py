@@ -12,8 +12,10 @@ from typing import Protocol, runtime_checkable
 from torch import fx
 
 from autodeploy import spec
+from autodeploy.dependence import Split, split
+from autodeploy.effects import is_needed
 from autodeploy.errors import AutodeployError, InvariantError, PassError, node_location
-from autodeploy.graph import PREPARE, layout_only, metadata_nodes, prepare_nodes, take_near_misses
+from autodeploy.graph import PREPARE, prepare_nodes, take_near_misses
 from autodeploy.metadata import fields
 
 
@@ -85,7 +87,7 @@ def run(gm: fx.GraphModule, passes: Sequence[Pass], observers: Iterable[Observer
     """
     observers = list(observers)
     records = []
-    counts = count(gm, layout_only(gm))
+    counts = count(gm, split(gm))
     for step in passes:
         for observer in observers:
             observer.before(step, gm)
@@ -132,22 +134,22 @@ def _apply(gm: fx.GraphModule, step: Pass, before: Counts) -> PassRecord:
 def _tidy(gm: fx.GraphModule) -> Counts:
     """Drop dead code and check the invariants."""
     try:
-        gm.graph.eliminate_dead_code()  # checks that the graph is well formed first
+        gm.graph.eliminate_dead_code(is_needed)  # checks that the graph is well formed first
     except RuntimeError as error:
         raise InvariantError(f"the graph is not valid: {error}") from error
-    known = layout_only(gm)
-    spec.check(gm, known)
-    return count(gm, known)
+    parts = split(gm)
+    spec.check(gm, parts)
+    return count(gm, parts)
 
 
-def count(gm: fx.GraphModule, known: set[fx.Node]) -> Counts:
-    """The numbers of `gm`, where `known` is `graph.layout_only(gm)`."""
-    prepare = getattr(gm, PREPARE, None)
-    inner = prepare if isinstance(prepare, fx.GraphModule) else None
-    metadata = metadata_nodes(gm, known) + (metadata_nodes(inner) if inner else [])
+def count(gm: fx.GraphModule, parts: Split) -> Counts:
+    """The numbers of `gm`, where `parts` is `dependence.split(gm)`."""
+    calls = prepare_nodes(gm)
+    inner = getattr(gm, PREPARE) if calls else None
+    metadata = parts.metadata + (split(inner).metadata if inner else [])
     return Counts(
         nodes=len(gm.graph.nodes) + (len(inner.graph.nodes) if inner else 0),
         metadata_nodes=len(metadata),
         metadata_ops=sum(fields.num_ops(node.target) for node in metadata),
-        prepare_calls=len(prepare_nodes(gm)),
+        prepare_calls=len(calls),
     )

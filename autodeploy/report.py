@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
@@ -29,17 +30,26 @@ class Ledger:
 
 @dataclass(frozen=True)
 class Report:
-    """The records of one run of the pipeline. `trace_seconds` is 0 where the graph came from elsewhere."""
+    """The records of one run of the pipeline. `trace_seconds` is 0 where the graph came from elsewhere.
+
+    `graph` names a graph that torch.compile handed to our backend; empty for a traced model.
+    """
 
     passes: tuple[PassRecord, ...]
     ledger: Ledger
     trace_seconds: float = 0.0
     notes: tuple[str, ...] = field(default=())
+    graph: str = ""
 
     @staticmethod
-    def of(records: Sequence[PassRecord], gm: fx.GraphModule, trace_seconds: float) -> Report:
+    def of(records: Sequence[PassRecord], gm: fx.GraphModule, trace_seconds: float = 0.0, graph: str = "") -> Report:
         """The report of a run that ended in `gm`."""
-        return Report(tuple(records), _ledger(records, gm), trace_seconds)
+        return Report(tuple(records), _ledger(records, gm), trace_seconds, graph=graph)
+
+    @staticmethod
+    def without_passes(graph: str, reason: str) -> Report:
+        """The report of a graph that no pass ran on."""
+        return Report((), Ledger(0, 0, 0, 0, 0, 0), notes=(f"no pass ran: {reason}",), graph=graph)
 
     @property
     def seconds(self) -> float:
@@ -47,7 +57,11 @@ class Report:
         return sum(record.seconds for record in self.passes)
 
     def __str__(self) -> str:
-        return "\n".join([*_pass_table(self), "", *_ledger_lines(self.ledger), *self.notes])
+        lines = [f"torch.compile graph {self.graph}"] if self.graph else []
+        if self.passes:
+            ledger = _foreign_ledger_lines(self.ledger) if self.graph else _ledger_lines(self.ledger)
+            lines += [*_pass_table(self), "", *ledger]
+        return "\n".join([*lines, *self.notes])
 
     def to_json(self) -> dict[str, Any]:
         """Plain data; `from_json` reads it back."""
@@ -56,9 +70,12 @@ class Report:
     @staticmethod
     def from_json(data: dict[str, Any]) -> Report:
         """The report that `to_json` wrote."""
-        return Report(
-            tuple(map(_record, data["passes"])), Ledger(**data["ledger"]), data["trace_seconds"], tuple(data["notes"])
-        )
+        parsed = {
+            "passes": tuple(map(_record, data["passes"])),
+            "ledger": Ledger(**data["ledger"]),
+            "notes": tuple(data["notes"]),
+        }
+        return Report(**{**data, **parsed})
 
 
 def _record(data: dict[str, Any]) -> PassRecord:
@@ -93,10 +110,19 @@ def _pass_table(report: Report) -> list[str]:
         rows.append((record.name, str(record.matches), nodes, metadata, f"{record.seconds * 1e3:.1f}"))
     share = f" ({report.seconds / report.trace_seconds:.1%} of tracing)" if report.trace_seconds else ""
     rows.append(("all passes", "", "", "", f"{report.seconds * 1e3:.1f}{share}"))
-    lines = align(rows)
-    for record in report.passes:
-        lines += [f"  near miss in {record.name}: {miss.reason} ({miss.where})" for miss in record.near_misses]
-    return lines
+    return align(rows) + [line for record in report.passes for line in _near_miss_lines(record)]
+
+
+def _near_miss_lines(record: PassRecord) -> list[str]:
+    """One line for each reason, with the first node that it was given for."""
+    first: dict[str, str] = {}
+    for miss in record.near_misses:
+        first.setdefault(miss.reason, miss.where)
+    counts = Counter(miss.reason for miss in record.near_misses)
+    return [
+        f"  near miss in {record.name}: {f'{counts[reason]} x ' if counts[reason] > 1 else ''}{reason} ({where})"
+        for reason, where in first.items()
+    ]
 
 
 def _ledger_lines(ledger: Ledger) -> list[str]:
@@ -107,6 +133,11 @@ def _ledger_lines(ledger: Ledger) -> list[str]:
         ("prepare_metadata nodes", "-", str(ledger.prepare_calls)),
     ]
     return [f"{ledger.attention_nodes} cached attention nodes", *align(rows)]
+
+
+def _foreign_ledger_lines(ledger: Ledger) -> list[str]:
+    merged = ledger.nodes_naive - ledger.nodes_shared
+    return [f"layout-only nodes: {ledger.nodes_naive} -> {ledger.nodes_shared}, {merged} duplicates merged"]
 
 
 def align(rows: Sequence[Sequence[str]]) -> list[str]:

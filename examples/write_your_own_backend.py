@@ -17,9 +17,9 @@ from torch.nn.functional import scaled_dot_product_attention
 from transformers import AutoModelForCausalLM, LlamaConfig
 
 import autodeploy as ad
-from autodeploy.kernels.reference import key_value_caches, refuse_attention
+from autodeploy.kernels.paged import PagedAttention
 from autodeploy.metadata import fields
-from autodeploy.ops.spec import Backend, CacheSpec, Site
+from autodeploy.ops.spec import Site
 
 NO_WINDOW = 1 << 30
 
@@ -33,18 +33,14 @@ def dense_mask(layout: Tensor, num_tokens: int, num_groups: int, page_size: int,
     return (key_L <= position_T1) & (key_L > position_T1 - window)
 
 
-class DenseAttention(Backend):
+class DenseAttention(PagedAttention):
     name = "dense"
-    kind = "attention"
     meaning = "one dense mask over all pages of a sequence"
 
     def why_not(self, site: Site) -> str | None:
         if site.params["softcap"] or site.params["has_sinks"]:
             return "softcap and sinks are left out of the example"
-        return refuse_attention(site)
-
-    def caches(self, site: Site) -> tuple[CacheSpec, ...]:
-        return key_value_caches(site)
+        return super().why_not(site)
 
     def metadata(self, layout: Tensor, num_tokens: int, site: Site) -> dict[str, Tensor]:
         groups, page_size = site.num_groups, site.page_size

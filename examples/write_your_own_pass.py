@@ -21,7 +21,8 @@ from torch.fx.node import map_arg
 from transformers import AutoModelForCausalLM, Gemma3TextConfig
 
 import autodeploy as ad
-from autodeploy.graph import get_attribute, is_pure
+from autodeploy.effects import is_pure
+from autodeploy.graph import get_attribute
 
 
 @dataclass(frozen=True)

@@ -22,7 +22,9 @@ import torch
 from torch import fx
 from torch.fx.experimental.symbolic_shapes import statically_known_true, sym_eq
 
-from autodeploy.graph import get_attribute, mutated, near_miss
+from autodeploy.aliasing import mutated
+from autodeploy.effects import is_needed
+from autodeploy.graph import get_attribute, near_miss
 
 aten = torch.ops.aten
 
@@ -47,6 +49,7 @@ _SAME = frozenset(
         aten.contiguous.default,
         aten.alias.default,
         aten.detach.default,
+        aten.detach_.default,
         aten.dropout.default,
         aten.view.default,
         aten.reshape.default,
@@ -74,7 +77,7 @@ class Canonicalize:
         before = _num_nodes(gm)
         for rule in _RULES:
             _run(rule, gm)
-        gm.graph.eliminate_dead_code()
+        gm.graph.eliminate_dead_code(is_needed)
         return before - _num_nodes(gm)
 
 

@@ -1,27 +1,36 @@
-"""Recognise every attention node and reduce it to the canonical op of its kind, with everything it needs.
+"""Recognise every attention and reduce it to the canonical op of its kind, with everything it needs.
 
 Before:                                             After:
-    attn = scaled_dot_product_attention(q, k, v,        attn = autodeploy.attention(q, k, v, scale=0.125,
-        is_causal=True, scale=0.125)                        causal=True).transpose(1, 2)
+    scores = matmul(q, transpose(k, 2, 3)) * 0.125      attn = autodeploy.attention(q, k, v, scale=0.125,
+    weights = softmax(where(mask, scores, -3e38))           causal=True).transpose(1, 2)
+    attn = matmul(weights, v)
 
-A traced model already carries canonical nodes (`autodeploy.trace` makes them); they are checked and counted.
+Known are scaled_dot_product_attention, the products and softmaxes that eager models write it in, and flex_attention
+(`autodeploy.attention_forms`). A mask is asked what it shows. A row of the batch is one sequence: where the graph takes
+positions, they count up along it. A traced model carries canonical nodes already (`autodeploy.trace` makes them); they
+are counted.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import torch
-from torch import Tensor, fx
+from torch import fx
 
+from autodeploy.attention_forms.check import check
+from autodeploy.attention_forms.evaluate import Refused
+from autodeploy.attention_forms.flex import FLEX, WrittenOut, known_nodes_around, why_not, write_out
+from autodeploy.attention_forms.match import SDPA, SOFTMAXES, Matcher
+from autodeploy.attention_forms.rewrite import rewrite
 from autodeploy.errors import NoAttentionFound, node_location
-from autodeploy.graph import near_miss, record, take_near_misses
+from autodeploy.graph import near_miss, take_near_misses
 from autodeploy.ops.registry import kind_of
 
-_SDPA = torch.ops.aten.scaled_dot_product_attention.default
-_MIXERS = (_SDPA, torch.ops.aten.softmax.int, torch.ops.aten._softmax.default, torch.ops.aten.conv1d.default)
 CANONICAL = "autodeploy_canonical"
+_HEARTS = (SDPA, *SOFTMAXES)
+_CONVOLUTION = torch.ops.aten.conv1d.default
 
 
 @dataclass(frozen=True)
@@ -32,55 +41,57 @@ class FindAttention:
     may_round: ClassVar[bool] = True
 
     def apply(self, gm: fx.GraphModule) -> int:
-        for node in gm.graph.find_nodes(op="call_function", target=_SDPA):
-            if check(gm, node) is None:
-                rewrite(node)
-        found = 0
-        canonical = 0
-        for node in gm.graph.nodes:
-            if kind_of(node.target) is not None:
-                canonical += 1
-                found += CANONICAL not in node.meta
-                node.meta[CANONICAL] = True
-            elif node.op == "call_function" and node.target in _MIXERS and (reason := check(gm, node)):
+        nodes = [node for node in gm.graph.nodes if node.op == "call_function"]
+        hearts: list[_Heart] = [_Heart(node, node) for node in nodes if node.target in _HEARTS]
+        for node in nodes:
+            if node.target is not FLEX:
+                continue
+            reason = why_not(gm, node)
+            if reason is not None:
                 near_miss(gm, node, reason)
-        if canonical == 0:
+                continue
+            written = write_out(gm, node)
+            hearts.append(_Heart(node, written.softmax, written))
+        matcher = Matcher(gm, known_nodes_around(gm) if hearts else set())
+        for heart in hearts:
+            reason = _reduce(gm, heart, matcher)
+            if reason is not None:
+                near_miss(gm, heart.node, reason)
+        for node in gm.graph.find_nodes(op="call_function", target=_CONVOLUTION):
+            near_miss(gm, node, "mixes tokens outside the transformers interfaces")
+        canonical = [node for node in gm.graph.nodes if kind_of(node.target) is not None]
+        if not canonical:
             raise no_attention(gm)
-        return found
+        new = [node for node in canonical if CANONICAL not in node.meta]
+        for node in new:
+            node.meta[CANONICAL] = True
+        return len(new)
 
 
-def check(gm: fx.GraphModule, node: fx.Node) -> str | None:
-    """None where `node` can become a canonical attention node, else why not."""
-    if node.target is not _SDPA:
-        return "mixes tokens outside the transformers attention interface" if _mixes_tokens(node) else None
-    arguments = _arguments(node)
-    if arguments["attn_mask"] is not None:
-        return "has a mask that is not known to be causal or a window"
-    if not arguments["is_causal"]:
-        return "is not causal"
-    if arguments["dropout_p"]:
-        return "has dropout; call model.eval() before tracing"
-    query, key = (arguments[name] for name in ("query", "key"))
-    if not all(isinstance(arg, fx.Node) and "val" in arg.meta for arg in (query, key)):
-        return "has inputs without recorded shapes"
-    return None
+@dataclass(frozen=True)
+class _Heart:
+    """The softmax or SDPA in the middle of an attention, and the `node` that a reader knows it by."""
+
+    node: fx.Node
+    softmax: fx.Node
+    written: WrittenOut | None = None
 
 
-def rewrite(node: fx.Node) -> None:
-    """Replace one scaled_dot_product_attention by its canonical form."""
-    arguments = _arguments(node)
-    query = arguments["query"]
-    scale = arguments["scale"] or query.meta["val"].shape[-1] ** -0.5
-
-    def canonical(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-        attention = torch.ops.autodeploy.attention.default
-        return torch.ops.aten.transpose.int(attention(query, key, value, scale=scale, causal=True), 1, 2)
-
-    replacement = record(node, canonical, query, arguments["key"], arguments["value"])
-    replacement.meta["val"] = node.meta["val"]
-    replacement.all_input_nodes[0].meta["val"] = node.meta["val"].transpose(1, 2)
-    node.replace_all_uses_with(replacement)
-    node.graph.erase_node(node)
+def _reduce(gm: fx.GraphModule, heart: _Heart, matcher: Matcher) -> str | None:
+    """Make the attention around `heart` canonical, or say why not; None as well where it is no attention."""
+    reason = None
+    try:
+        found = matcher.match(heart.softmax, hides_rows=heart.written is not None)
+        reason = check(gm, found, matcher.sizes) if found else None
+    except Refused as refused:
+        found, reason = None, str(refused)
+    if found and reason is None:
+        rewrite(found, heart.written.output if heart.written else found.output)
+    if heart.written:
+        heart.written.erase()
+    if heart.written and found and reason is None:
+        heart.written.erase_flex()
+    return reason
 
 
 def no_attention(gm: fx.GraphModule) -> NoAttentionFound:
@@ -92,25 +103,3 @@ def no_attention(gm: fx.GraphModule) -> NoAttentionFound:
         where=type(gm).__name__,
         fix="trace a causal language model of transformers with autodeploy.trace(model)",
     )
-
-
-def _arguments(node: fx.Node) -> dict[str, Any]:
-    target = node.target
-    assert isinstance(target, torch._ops.OpOverload)
-    schema = target._schema.arguments
-    defaults = {arg.name: arg.default_value for arg in schema if arg.has_default_value()}
-    return defaults | dict(zip((arg.name for arg in schema), node.args, strict=False)) | node.kwargs
-
-
-def _mixes_tokens(node: fx.Node) -> bool:
-    """Whether a softmax or convolution looks like attention: a softmax whose result is multiplied as a matrix."""
-    if node.target is torch.ops.aten.conv1d.default:
-        return True
-    users = list(node.users)
-    while users:
-        user = users.pop()
-        if user.target in (torch.ops.aten.matmul.default, torch.ops.aten.bmm.default):
-            return True
-        if user.target in (torch.ops.aten.to.dtype, torch.ops.aten.dropout.default, torch.ops.aten.slice.Tensor):
-            users += list(user.users)
-    return False

@@ -15,7 +15,9 @@ from dataclasses import dataclass
 
 from torch import fx
 
-from autodeploy.graph import PREPARE, is_pure, merge_equal, record
+from autodeploy.effects import is_pure
+from autodeploy.equality import merge_equal
+from autodeploy.graph import PREPARE, record
 from autodeploy.metadata import fields
 
 
@@ -35,14 +37,10 @@ class LowerFields:
             for node in waiting:
                 _expand(node)
         if lowered:
-            merge_equal(prepare.graph, [node for node in prepare.graph.nodes if _can_merge(node)])
+            merge_equal(prepare.graph, [node for node in prepare.graph.nodes if is_pure(node)])
             prepare.graph.eliminate_dead_code()
             prepare.recompile()
         return lowered
-
-
-def _can_merge(node: fx.Node) -> bool:
-    return node.op == "call_method" or is_pure(node)
 
 
 def _expand(node: fx.Node) -> None:

@@ -18,12 +18,23 @@ import torch
 from torch import Tensor, fx
 from torch.fx.node import map_arg
 
+from autodeploy.dependence import find_scalars
 from autodeploy.errors import UnsupportedFeature, node_location
-from autodeploy.graph import NEAR_MISS, ROLE, add_placeholder, is_size, near_miss, placeholder, placeholders, record
+from autodeploy.graph import (
+    NEAR_MISS,
+    ROLE,
+    add_placeholder,
+    near_miss,
+    placeholder,
+    placeholders,
+    prepare_nodes,
+    record,
+)
 from autodeploy.metadata import fields
 from autodeploy.mixing import token_flow
 from autodeploy.ops.registry import kind_of
 
+_SIZE = torch.ops.aten.sym_size.int
 _KNOWN_INPUTS = ("input_ids", "position_ids")
 
 
@@ -47,10 +58,19 @@ class NestInputs:
             for node in old.values():
                 near_miss(gm, node, "is not called input_ids")
             return 0
+        check_not_shared(gm)
         check_inputs(old)
         check_tokens(gm)
         _rewrite(gm, old)
         return 1
+
+
+def check_not_shared(gm: fx.GraphModule) -> None:
+    """Raise where metadata of the padded inputs lies in a prepare_metadata already."""
+    for node in prepare_nodes(gm):
+        raise UnsupportedFeature(
+            "a graph whose metadata is shared already", where=node_location(node), fix="run nest_inputs first"
+        )
 
 
 def check_inputs(inputs: dict[str, fx.Node]) -> None:
@@ -85,7 +105,7 @@ def _rewrite(gm: fx.GraphModule, old: dict[str, fx.Node]) -> None:
     tokens, positions = old["input_ids"], old.get("position_ids")
     layout = add_placeholder(gm, "layout", "layout")
     tokens.meta = {ROLE: "tokens"}
-    num_tokens = record(layout.next, torch.ops.aten.sym_size.int, tokens, 0)
+    num_tokens = record(layout.next, _SIZE, tokens, 0)
     for node in old.values():
         _replace_sizes(node, num_tokens)
     first = num_tokens.next
@@ -94,6 +114,8 @@ def _rewrite(gm: fx.GraphModule, old: dict[str, fx.Node]) -> None:
     if positions is not None:
         positions.replace_all_uses_with(record(first, _positions, layout, num_tokens))
         gm.graph.erase_node(positions)
+    for node in find_scalars(gm.graph):
+        node.meta.pop("val", None)  # was said of padded inputs
     for node in list(gm.graph.nodes):
         if kind_of(node.target) is not None:
             node.kwargs = {**node.kwargs, "cu_seqlens": record(node, fields.cu_seqlens_q, layout)}
@@ -109,7 +131,7 @@ def _positions(layout: Tensor, num_tokens: int) -> Tensor:
 
 def _replace_sizes(node: fx.Node, num_tokens: fx.Node) -> None:
     """B becomes 1 and S becomes T wherever the graph asks for the size of an input."""
-    for size in [user for user in node.users if is_size(user) and user is not num_tokens]:
+    for size in [user for user in node.users if user.target is _SIZE and user is not num_tokens]:
         value = 1 if size.args[1] == 0 else num_tokens
         for user in list(size.users):
             user.args = map_arg(user.args, lambda arg, size=size, value=value: value if arg is size else arg)

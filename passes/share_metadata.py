@@ -7,143 +7,70 @@ Before (per layer):                         After:
     slots_1 = slot_mapping(layout, T, 0)        z = attention_1(q_1, ..., slots, mask)
     z = attention_1(q_1, ..., slots_1, mask)
 
-It knows no backend: what depends on the layout, sizes and constants alone is moved, whoever wrote it.
+It knows no backend and no model: what depends on the layout, sizes and constants alone is moved, whoever wrote it. In a
+graph whose inputs have no roles, integers and booleans are the layout (`dependence.input_roles`).
 """
 
 from __future__ import annotations
 
-import operator
 from dataclasses import dataclass
-from typing import Any
 
 from torch import fx
 
-from autodeploy.graph import (
-    PREPARE,
-    get_attribute,
-    is_scalar,
-    layout_only,
-    merge_equal,
-    metadata_nodes,
-    placeholder,
-    placeholders,
-    prepare_nodes,
-    users_outside,
-)
+from autodeploy.dependence import KEPT, Split, split
+from autodeploy.equality import merge_equal, merge_equal_numbers
+from autodeploy.graph import near_miss, prepare_nodes
+from autodeploy.memory import TOO_LARGE, too_large_to_share
+from autodeploy.metadata.equal_forms import rewrite_equal_forms
+from autodeploy.outline import hoist_scalars, inline, outline
 
 
 @dataclass(frozen=True)
 class ShareMetadata:
-    """Outline the layout-only part of the graph; matches the number of nodes moved."""
+    """Outline the layout-only part of the graph; matches the number of nodes moved or merged.
+
+    What must stay is a near miss: random numbers, writes, effects, sizes known only at run time, and values so large
+    that keeping them from the start would raise peak memory (`autodeploy.memory` states the bound).
+    """
 
     name: str = "share_metadata"
 
     def apply(self, gm: fx.GraphModule) -> int:
-        if placeholder(gm, "layout") is None:
-            return 0
-        known = layout_only(gm)
-        if not metadata_nodes(gm, known):
-            return 0
-        if calls := prepare_nodes(gm):
-            _inline(gm, calls[0])
-            known = layout_only(gm)
-        moved = len(metadata_nodes(gm, known))
-        merged = merge_equal(gm.graph, [node for node in gm.graph.nodes if node in known and _can_merge(node)])
-        known -= merged
-        _outline(gm, known, _hoist_scalars(gm))
-        return moved
+        parts = split(gm)
+        if parts.metadata:
+            parts = _collect(gm, parts)
+        moved = len(parts.metadata)
+        unique = _merge(gm, parts)
+        merged = len(parts.known) - len(unique.known)
+        if moved:
+            if rewrite_equal_forms(gm.graph, unique.known):
+                unique = _merge(gm, split(gm))
+            outline(gm, unique)
+        for node, reason in parts.refused.items():
+            near_miss(gm, node, reason)
+        return moved or merged
 
 
-def _can_merge(node: fx.Node) -> bool:
-    return node.op in ("call_function", "get_attr")
+def _collect(gm: fx.GraphModule, parts: Split) -> Split:
+    """Bring what was shared before and what came since together; returns what is to be shared now."""
+    if prepare_nodes(gm):
+        inline(gm)
+        parts = split(gm)
+    if _share_numbers(gm, parts):
+        parts = split(gm)
+    too_large = too_large_to_share(gm.graph, parts.known, parts.metadata)
+    for node in too_large:
+        node.meta[KEPT] = TOO_LARGE
+    return split(gm) if too_large else parts
 
 
-def _region(gm: fx.GraphModule, known: set[fx.Node], metadata: set[fx.Node], available: set[fx.Node]) -> list[fx.Node]:
-    """The metadata nodes and what they read of constants and their sizes, in graph order."""
-    wanted = set(metadata)
-    for node in reversed(gm.graph.nodes):
-        if node in wanted:
-            wanted |= {arg for arg in node.all_input_nodes if arg in known and arg not in available}
-    return [node for node in gm.graph.nodes if node in wanted]
+def _share_numbers(gm: fx.GraphModule, parts: Split) -> int:
+    """One node for each number: sizes of activations are read off the inputs where they are the same symbol."""
+    hoist_scalars(gm, [node for node in gm.graph.nodes if node in parts.scalars])
+    return merge_equal_numbers([node for node in gm.graph.nodes if node in parts.scalars])
 
 
-def _hoist_scalars(gm: fx.GraphModule) -> set[fx.Node]:
-    """Put sizes of inputs, and arithmetic on them, right after the inputs, where the new node can read them.
-
-    Returns them and the inputs.
-    """
-    inputs = placeholders(gm)
-    hoisted: set[fx.Node] = set(inputs)
-    last = inputs[-1]
-    for node in list(gm.graph.nodes):
-        if is_scalar(node) and all(arg in hoisted for arg in node.all_input_nodes):
-            last.append(node)
-            last = node
-            hoisted.add(node)
-    return hoisted
-
-
-def _outline(gm: fx.GraphModule, known: set[fx.Node], available: set[fx.Node]) -> None:
-    metadata = set(metadata_nodes(gm, known))
-    region = _region(gm, known, metadata, available)
-    inner = fx.Graph()
-    copies: dict[fx.Node, fx.Node] = {}
-    inside = set(region)
-    arguments = [arg for node in region for arg in node.all_input_nodes if arg not in inside]
-    arguments = sorted(dict.fromkeys(arguments))
-    for arg in arguments:
-        copies[arg] = inner.placeholder(arg.name)
-        copies[arg].meta.update(arg.meta)
-        copies[arg].meta.setdefault("autodeploy_role", "layout")
-    root: dict[str, Any] = {}
-    for node in region:
-        copies[node] = inner.node_copy(node, lambda arg: copies[arg])
-        if node.op == "get_attr":
-            name = str(node.target).removeprefix(f"{PREPARE}.")  # it was inside before
-            root[name] = get_attribute(gm, str(node.target))
-            copies[node].target = name
-    # A constant or a size that activations read too is computed on both sides.
-    private = region
-    while both := {node for node in users_outside(private) if node not in metadata}:
-        private = [node for node in private if node not in both]
-    results = users_outside(private)
-    inner.output(tuple(copies[node] for node in results))
-    module = fx.GraphModule(root, inner, class_name="PrepareMetadata")
-    gm.add_submodule(PREPARE, module)
-    _call(gm, region, results, arguments)
-
-
-def _call(gm: fx.GraphModule, region: list[fx.Node], results: list[fx.Node], arguments: list[fx.Node]) -> None:
-    after = placeholders(gm)[-1]
-    while is_scalar(after.next):
-        after = after.next
-    with gm.graph.inserting_after(after):
-        call = gm.graph.call_module(PREPARE, tuple(arguments))
-    call.name = PREPARE
-    last = call
-    for index, node in enumerate(results):
-        with gm.graph.inserting_after(last):
-            last = gm.graph.call_function(operator.getitem, (call, index))
-        last.meta.update(node.meta)
-        node.replace_all_uses_with(last)
-    for node in reversed(region):
-        if not node.users:
-            gm.graph.erase_node(node)
-
-
-def _inline(gm: fx.GraphModule, call: fx.Node) -> None:
-    """Undo `_outline`, so that an existing prepare_metadata and what came since are shared together."""
-    module = getattr(gm, PREPARE)
-    inner = module.graph
-    copies = dict(zip(inner.find_nodes(op="placeholder"), call.all_input_nodes, strict=True))
-    with gm.graph.inserting_before(call):
-        for node in inner.nodes:
-            if node.op == "get_attr":
-                copies[node] = gm.graph.get_attr(f"{PREPARE}.{node.target}")
-            elif node.op not in ("placeholder", "output"):
-                copies[node] = gm.graph.node_copy(node, lambda arg: copies[arg])
-    results = [copies[node] for node in inner.output_node().args[0]]  # type: ignore[union-attr]
-    for user in list(call.users):
-        user.replace_all_uses_with(results[user.args[1]])  # type: ignore[index]
-        gm.graph.erase_node(user)
-    gm.graph.erase_node(call)
+def _merge(gm: fx.GraphModule, parts: Split) -> Split:
+    """Merge what is equal in the layout-only part; returns what is left of it."""
+    ops = ("call_function", "call_method", "get_attr")
+    return parts.without(merge_equal(gm.graph, [n for n in gm.graph.nodes if n in parts.known and n.op in ops]))

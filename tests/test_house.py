@@ -19,7 +19,9 @@ MAX_FILE_LINES, MAX_MEDIAN_LINES, MAX_FUNCTION_LINES = 400, 150, 60
 
 # Who may import whom: a room is a module or subpackage of autodeploy, or the package `passes`.
 _BASE = {"errors", "options"}
-_GRAPH = {"graph", "mixing", "spec", "pipeline"}
+_NODES = {"spelling", "effects", "aliasing"}
+_SHARING = {"graph", "dependence", "equality", "memory", "outline"}
+_GRAPH = _NODES | _SHARING | {"mixing", "spec", "pipeline"}
 _CORE = _BASE | _GRAPH | {"ops", "metadata"}
 ALLOWED = {
     "errors": set(),
@@ -27,26 +29,35 @@ ALLOWED = {
     "demo": _BASE,
     "models": _BASE | {"demo"},
     "ops": _BASE,
+    "spelling": set(),
+    "effects": {"spelling"},
+    "aliasing": {"spelling", "effects"},
     "graph": _BASE,
-    "mixing": _BASE | {"graph"},
-    "spec": _BASE | {"graph"},
-    "metadata": _BASE | {"graph"},
+    "dependence": _BASE | _NODES | {"graph"},
+    "equality": _NODES,
+    "memory": _NODES | {"equality"},
+    "outline": {"graph", "dependence"},
+    "mixing": _BASE | {"graph", "dependence"},
+    "spec": _BASE | {"graph", "dependence"},
+    "metadata": _BASE | _NODES | {"graph", "dependence"},
     "pipeline": _BASE | _GRAPH | {"metadata"},
     "kernels": _BASE | {"ops", "metadata"},
+    "attention_forms": _CORE,
     "trace": _CORE,
     "report": _CORE,
     "verify": _CORE,
     "runtime": _BASE | {"ops", "metadata"},
-    "passes": _CORE,
+    "passes": _CORE | {"attention_forms"},
     "lowering": _CORE | {"report"},
     "step_cache": _CORE | {"lowering"},
     "viz": _BASE | {"graph"},
     "backend": _CORE | {"passes", "report", "trace", "verify"},
+    "dynamo": _CORE | {"passes", "report"},
     "llm": _CORE | {"backend", "lowering", "models", "report", "runtime", "step_cache", "trace"},
     "doctor": _BASE | {"ops", "metadata", "passes"},
     "cli": _BASE | {"backend", "doctor", "llm", "models", "runtime", "trace", "viz"},
     "__main__": {"cli"},
-    "__init__": _CORE | {"backend", "llm", "runtime", "trace"},
+    "__init__": _CORE | {"backend", "dynamo", "llm", "runtime", "trace"},
 }
 # Imports by name at run time. The registry is the one place below the kernels that loads them, when first asked.
 ALLOWED_BY_NAME = {("ops", "kernels")}

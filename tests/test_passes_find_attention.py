@@ -1,16 +1,19 @@
-"""`find_attention`: traced canonical nodes are counted, plain causal SDPA becomes canonical, the rest is refused."""
+"""`find_attention` as a pass: traced canonical nodes are counted, raw ones become canonical, the rest is refused."""
 
 from __future__ import annotations
 
 import pytest
 import torch
+from tiny_models import tiny, tokens
 from torch import Tensor, fx
 from torch.fx.graph import CodeGen
 from torch.nn import functional as F
 from traces import apply, before, count, text
 
+import autodeploy as ad
 from autodeploy.errors import NoAttentionFound, UnsupportedFeature
 from autodeploy.graph import take_near_misses
+from autodeploy.trace.aten import from_export
 from passes import Canonicalize, FindAttention, NestInputs
 
 ATTENTION = torch.ops.autodeploy.attention.default
@@ -63,18 +66,10 @@ def test_rewrites_causal_sdpa(scale: float | None) -> None:
     apply(NestInputs(), gm)
 
 
-@pytest.mark.parametrize(
-    ("arguments", "reason"),
-    [
-        ({}, "is not causal"),
-        ({"attn_mask": torch.ones(1, 1, dtype=torch.bool)}, "has a mask that is not known"),
-        ({"is_causal": True, "dropout_p": 0.5}, "has dropout"),
-    ],
-)
-def test_refuses_other_sdpa(arguments: dict[str, object], reason: str) -> None:
-    gm = traced(**arguments)
+def test_refuses_dropout() -> None:
+    gm = traced(is_causal=True, dropout_p=0.5)
     graph = text(gm)
-    with pytest.raises(NoAttentionFound, match=reason) as caught:
+    with pytest.raises(NoAttentionFound, match="has dropout") as caught:
         FindAttention().apply(gm)
     assert "test_passes_find_attention.py" in str(caught.value)
     assert text(gm) == graph
@@ -85,7 +80,7 @@ def test_attention_that_is_not_known_is_a_near_miss_and_refused_when_packed() ->
     node = next(iter(gm.graph.find_nodes(op="call_function", target=ATTENTION)))
     query, key, value = node.args[:3]
     with gm.graph.inserting_after(node):
-        other = gm.graph.call_function(SDPA, (query, key, value))
+        other = gm.graph.call_function(SDPA, (query, key, value), {"dropout_p": 0.5})
     other.meta = {**node.meta, "val": query.meta["val"]}
     user = next(iter(node.users))
     with gm.graph.inserting_before(user):
@@ -93,18 +88,37 @@ def test_attention_that_is_not_known_is_a_near_miss_and_refused_when_packed() ->
     back.meta = dict(node.meta)
     user.replace_input_with(node, back)
     FindAttention().apply(gm)
-    assert take_near_misses(gm) == [(other, "is not causal")]
-    with pytest.raises(UnsupportedFeature, match="mixes tokens: it is not causal") as caught:
+    assert take_near_misses(gm) == [(other, "has dropout; call model.eval() before tracing")]
+    with pytest.raises(UnsupportedFeature, match="mixes tokens: it has dropout") as caught:
         NestInputs().apply(gm)
     assert "model.layers.0.self_attn" in caught.value.where
 
 
-def test_softmax_and_matmul_are_a_near_miss() -> None:
+def test_softmax_and_matmul_without_heads_are_a_near_miss() -> None:
     class Eager(torch.nn.Module):
         def forward(self, x: Tensor) -> Tensor:
             return (x @ x.transpose(1, 2)).softmax(-1) @ x
 
     gm = torch.export.export(Eager(), (torch.randn(2, 3, 4),)).module(check_guards=False)
-    with pytest.raises(NoAttentionFound, match="mixes tokens outside the transformers attention interface"):
+    with pytest.raises(NoAttentionFound, match="has heads that cannot be told from its batch"):
         FindAttention().apply(gm)  # type: ignore[arg-type]
     assert not take_near_misses(gm)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("implementation", ["sdpa", "eager"])
+@pytest.mark.parametrize("model_type", ["llama", "gemma3_text", "gpt2", "mistral"])
+def test_a_model_exported_as_it_is_gets_paged(model_type: str, implementation: str) -> None:
+    model = tiny(model_type)
+    before = model.config._attn_implementation
+    model.set_attn_implementation(implementation)
+    inputs = {name: value.clone() for name, value in tokens(2, 12).items()}
+    dims = {name: {0: torch.export.Dim.DYNAMIC, 1: torch.export.Dim.DYNAMIC} for name in inputs}
+    try:
+        with torch.no_grad():
+            program = torch.export.export(
+                model, (), {**inputs, "use_cache": False}, strict=False, dynamic_shapes={**dims, "use_cache": None}
+            )
+    finally:
+        model.set_attn_implementation(before)
+    result = ad.apply(from_export(program), verify=True)
+    assert len(result.cache_specs) == 2 * 4

@@ -7,7 +7,8 @@ from tiny_models import MODEL_TYPES, WINDOW
 from traces import apply, before, text
 
 from autodeploy.errors import OptionError, UnknownName
-from autodeploy.graph import SITE, metadata_nodes, placeholders, take_near_misses
+from autodeploy.dependence import split
+from autodeploy.graph import SITE, placeholders, take_near_misses
 from autodeploy.ops.registry import kind_of
 from passes import InsertCachedAttention
 from passes.insert_cached_attention import CACHE_SPECS, LAYOUT_SPEC
@@ -45,10 +46,10 @@ def test_layers_of_one_window_share_a_group(model_type: str, windows: tuple[int 
 
 def test_metadata_is_written_once_per_layer() -> None:
     gm = before("insert_cached_attention")
-    shared = len(metadata_nodes(gm))
+    shared = len(split(gm).metadata)
     InsertCachedAttention().apply(gm)
     per_layer, rest = divmod(
-        len(metadata_nodes(gm)) - shared + 1, NUM_LAYERS
+        len(split(gm).metadata) - shared + 1, NUM_LAYERS
     )  # cu_seqlens of the canonical ops is gone
     assert per_layer > 0
     assert rest in range(NUM_LAYERS)

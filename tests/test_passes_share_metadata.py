@@ -9,13 +9,15 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from layout_graphs import OPS, Build, Draw, call, example, module, random_module, run
-from tiny_models import MODEL_TYPES
+from tiny_models import MODEL_TYPES, tokens
 from torch import fx
 from traces import apply, before, text
 
 from autodeploy import pipeline
-from autodeploy.graph import PREPARE, metadata_nodes, prepare_nodes
-from passes import ShareMetadata
+from autodeploy.dependence import split
+from autodeploy.errors import UnsupportedFeature
+from autodeploy.graph import PREPARE, prepare_nodes
+from passes import NestInputs, ShareMetadata
 
 aten = torch.ops.aten
 
@@ -35,10 +37,10 @@ def share(gm: fx.GraphModule) -> list[str]:
 @pytest.mark.parametrize("model_type", MODEL_TYPES)
 def test_models_get_one_node(model_type: str) -> None:
     gm = before("share_metadata", model_type)
-    naive = len(metadata_nodes(gm))
+    naive = len(split(gm).metadata)
     assert apply(ShareMetadata(), gm) == naive
     assert len(prepare_nodes(gm)) == 1
-    assert len(metadata_nodes(getattr(gm, PREPARE))) < naive
+    assert len(split(getattr(gm, PREPARE)).metadata) < naive
 
 
 def test_layout_moves_and_activations_stay() -> None:
@@ -215,8 +217,18 @@ def test_what_comes_later_is_absorbed() -> None:
     assert len(prepare_nodes(gm)) == 1
 
 
-def test_a_graph_without_a_layout_is_left_alone() -> None:
+def test_a_graph_without_roles_is_shared_by_the_dtypes_of_its_inputs() -> None:
     gm = before("nest_inputs")
+    want = gm(**tokens(2, 9))
+    assert pipeline.run(gm, [ShareMetadata()])[0].matches
+    assert torch.equal(gm(**tokens(2, 9)), want)
+    assert ShareMetadata().apply(gm) == 0
+    with pytest.raises(UnsupportedFeature, match="shared already"):
+        NestInputs().apply(gm)
+
+
+def test_a_graph_without_metadata_is_left_alone() -> None:
+    gm = fx.symbolic_trace(torch.nn.Linear(3, 4))
     graph = text(gm)
     assert ShareMetadata().apply(gm) == 0
     assert text(gm) == graph

@@ -9,7 +9,8 @@ from tiny_models import tiny
 from torch import Tensor, fx
 
 from autodeploy import pipeline, spec
-from autodeploy.graph import PREPARE, copy_module, layout_only
+from autodeploy.dependence import split
+from autodeploy.graph import PREPARE, copy_module
 from autodeploy.pipeline import Pass
 from autodeploy.trace import trace
 from autodeploy.verify import difference, run_batch
@@ -54,7 +55,7 @@ def apply(step: Pass, gm: fx.GraphModule) -> int:
     matches = step.apply(gm)
     gm.graph.eliminate_dead_code()
     gm.graph.lint()
-    spec.check(gm, layout_only(gm))
+    spec.check(gm, split(gm))
     assert difference(old, logits(gm), exact=not getattr(step, "may_round", False)) is None
     done = text(gm)
     assert step.apply(gm) == 0

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from autodeploy.kernels.paged import PagedAttention
 from autodeploy.metadata import fields
 from autodeploy.ops.attention import attend
 from autodeploy.ops.causal_conv1d import convolve
@@ -107,62 +108,18 @@ def _(hidden, *_, **__):
     return hidden.new_empty(hidden.shape)
 
 
-def refuse_attention(site: Site) -> str | None:
-    """Why an attention node cannot run from a paged cache of keys and values on a CPU, or None."""
-    if not site.params["causal"]:
-        return "attention that is not causal cannot run from a cache"
-    if site.params["has_bias"]:
-        return "an additive bias is not supported with a paged cache"
-    return supports_dtype(site.dtype, site.device)
-
-
-def key_value_caches(site: Site) -> tuple[CacheSpec, ...]:
-    """One paged cache for keys [K, D] and one for values [K, E]."""
-    heads = site.params["num_kv_heads"]
-    key = CacheSpec("key", "paged", (heads, site.params["head_dim"]), site.dtype, site.group)
-    value = CacheSpec("value", "paged", (heads, site.params["value_dim"]), site.dtype, site.group)
-    return key, value
-
-
-def paged_metadata(layout: Tensor, num_tokens: int, site: Site) -> dict[str, Tensor]:
-    """The fields that write and find pages, under their own names."""
-    return {
-        "slot_mapping": fields.slot_mapping(layout, num_tokens, site.group, site.num_groups, site.page_size),
-        "block_table": fields.block_table(layout, site.group, site.num_groups),
-        "seq_lens": fields.seq_lens(layout),
-        "cu_seqlens_q": fields.cu_seqlens_q(layout),
-    }
-
-
-class ReferenceAttention(Backend):
+class ReferenceAttention(PagedAttention):
     name = "reference"
-    kind = "attention"
     meaning = "the oracle: attends one sequence after another"
-
-    def why_not(self, site: Site) -> str | None:
-        return refuse_attention(site)
-
-    def caches(self, site: Site) -> tuple[CacheSpec, ...]:
-        return key_value_caches(site)
+    op = torch.ops.autodeploy.reference_paged_attention.default
 
     def metadata(self, layout: Tensor, num_tokens: int, site: Site) -> dict[str, Tensor]:
-        return paged_metadata(layout, num_tokens, site)
-
-    def call(
-        self, tensors: tuple[Any, ...], caches: tuple[Tensor, ...], metadata: dict[str, Tensor], site: Site
-    ) -> Tensor:
-        query, key, value, sinks, _ = tensors
-        return torch.ops.autodeploy.reference_paged_attention.default(
-            query,
-            key,
-            value,
-            sinks,
-            *caches,
-            **metadata,
-            scale=site.params["scale"],
-            window=site.window,
-            softcap=site.params["softcap"],
-        )
+        return {
+            "slot_mapping": fields.slot_mapping(layout, num_tokens, site.group, site.num_groups, site.page_size),
+            "block_table": fields.block_table(layout, site.group, site.num_groups),
+            "seq_lens": fields.seq_lens(layout),
+            "cu_seqlens_q": fields.cu_seqlens_q(layout),
+        }
 
 
 class ReferenceCausalConv1d(Backend):

@@ -10,16 +10,16 @@ D key size, E value size, p page size, L gathered positions, Q query rows of one
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from autodeploy.kernels.reference import key_value_caches, refuse_attention
+from autodeploy.kernels.paged import PagedAttention
 from autodeploy.metadata import fields, fields_torch
 from autodeploy.metadata.fields_torch import NO_WINDOW
-from autodeploy.ops.spec import Backend, CacheSpec, Site
+from autodeploy.ops.spec import Backend, Site
 
 # Keys and values that are gathered at once. Between 1 and 16 MiB the speed is the same; above 32 MiB glibc maps fresh
 # memory for each gather, whose page faults cost more than the copy.
@@ -191,18 +191,15 @@ def _attend(query_BHQD: Tensor, keys_BKLD: Tensor, values_BKLE: Tensor, mask: Te
     return torch.matmul(weights_BKRL, values_BKLE).view(*shape_BHQ, -1)
 
 
-class SdpaAttention(Backend):
+class SdpaAttention(PagedAttention):
     name = "sdpa"
-    kind = "attention"
     meaning = "gathers pages and calls torch's fused attention; for CPUs"
+    op = torch.ops.autodeploy.sdpa_paged_attention.default
 
     def why_not(self, site: Site) -> str | None:
         if site.device.type != "cpu":
             return f"made for cpu, not for {site.device.type}"
-        return refuse_attention(site)
-
-    def caches(self, site: Site) -> tuple[CacheSpec, ...]:
-        return key_value_caches(site)
+        return super().why_not(site)
 
     def metadata(self, layout: Tensor, num_tokens: int, site: Site) -> dict[str, Tensor]:
         heads, window = site.params["num_kv_heads"], site.window or NO_WINDOW
@@ -215,22 +212,6 @@ class SdpaAttention(Backend):
             "decode_pages": fields_torch.decode_pages(layout, *pages, heads, window),
             "decode_mask": fields_torch.decode_mask(layout, *pages[1:], window),
         }
-
-    def call(
-        self, tensors: tuple[Any, ...], caches: tuple[Tensor, ...], metadata: dict[str, Tensor], site: Site
-    ) -> Tensor:
-        query, key, value, sinks, _ = tensors
-        return torch.ops.autodeploy.sdpa_paged_attention.default(
-            query,
-            key,
-            value,
-            sinks,
-            *caches,
-            **metadata,
-            scale=site.params["scale"],
-            window=site.window,
-            softcap=site.params["softcap"],
-        )
 
 
 BACKENDS: tuple[Backend, ...] = (SdpaAttention(),)

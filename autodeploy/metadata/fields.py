@@ -21,8 +21,8 @@ import torch
 from torch import Tensor, fx
 from torch.fx.proxy import GraphAppendingTracer, Proxy
 
+from autodeploy.dependence import find_scalars
 from autodeploy.errors import OptionError, UnknownName
-from autodeploy.graph import is_scalar
 from autodeploy.metadata.layout import CONTEXT_LEN, NUM_FIXED_COLUMNS, QUERY_LEN, STATE_SLOT
 
 NAMESPACE = "autodeploy_field"
@@ -108,7 +108,8 @@ def num_ops(target: Any) -> int:
     graph = fx.Graph()
     tracer = GraphAppendingTracer(graph)
     formula(*(Proxy(graph.placeholder(name), tracer) for name in inspect.signature(formula).parameters))
-    ops = [node for node in graph.nodes if node.op in ("call_function", "call_method") and not is_scalar(node)]
+    scalars = find_scalars(graph)
+    ops = [node for node in graph.nodes if node.op in ("call_function", "call_method") and node not in scalars]
     return sum(num_ops(node.target) for node in ops)
 
 

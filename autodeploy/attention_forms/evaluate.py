@@ -1,0 +1,139 @@
+"""Concrete values of a part of a graph: what a mask is at real sizes, what an attention gives for random inputs."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+from torch.fx.experimental.symbolic_shapes import free_unbacked_symbols
+from torch.fx.node import map_aggregate, map_arg
+
+from autodeploy.aliasing import mutated
+from autodeploy.effects import is_pure
+from autodeploy.graph import get_attribute
+
+_NUMBERS = (int, float, bool, torch.SymInt, torch.SymFloat, torch.SymBool)
+_POSITIONS = ("position_ids", "cache_position", "positions")  # how the names of such inputs end
+
+
+class Refused(Exception):
+    """An attention that has no canonical form; the message says why, as the end of a sentence about its node."""
+
+
+class Evaluator:
+    """Values of nodes, computed on demand and kept.
+
+    `sizes` gives each sympy symbol of the graph's shapes a number, `given` gives nodes their values; integer inputs
+    that are called positions count up along their last dimension. Everything else must be known (`known_nodes`).
+    """
+
+    def __init__(self, gm: fx.GraphModule, sizes: Mapping[Any, int], given: Mapping[fx.Node, Any] | None = None):
+        self._gm = gm
+        self._sizes = sizes
+        self._values: dict[fx.Node, Any] = dict(given or {})
+
+    def __call__(self, node: fx.Node) -> Any:
+        """The value of `node`. Raises Refused where an op fails at these sizes."""
+        waiting = [node]
+        while waiting:
+            current = waiting[-1]
+            is_source = current in self._values or self._is_source(current)
+            missing = [] if is_source else [arg for arg in current.all_input_nodes if arg not in self._values]
+            waiting += missing
+            if missing:
+                continue
+            if current not in self._values:
+                self._values[current] = self._compute(current)
+            waiting.pop()
+        return self._values[node]
+
+    def shape(self, value: Tensor) -> list[int]:
+        """The shape of a recorded tensor at these sizes."""
+        return [int(self._number(size)) for size in value.shape]
+
+    def _is_source(self, node: fx.Node) -> bool:
+        return node.op in ("placeholder", "get_attr") or isinstance(node.meta.get("val"), _NUMBERS)
+
+    def _compute(self, node: fx.Node) -> Any:
+        value = node.meta.get("val")
+        if isinstance(value, _NUMBERS):
+            return self._number(value)
+        if node.op == "get_attr":
+            return get_attribute(self._gm, str(node.target))
+        if node.op == "placeholder":
+            assert isinstance(value, Tensor)
+            shape = self.shape(value)
+            return torch.arange(shape[-1], dtype=value.dtype, device=value.device).expand(shape)
+        args, kwargs = map_arg((node.args, node.kwargs), self._values.__getitem__)
+        assert callable(node.target)
+        try:
+            return node.target(*args, **kwargs)
+        except (RuntimeError, IndexError, ValueError) as error:
+            reason = str(error).strip().splitlines()[0]
+            raise Refused(f"cannot be evaluated at the sizes {self._sizes}: {node.name}: {reason}") from error
+
+    def _number(self, value: Any) -> Any:
+        expr = value.node.expr if isinstance(value, torch.SymInt | torch.SymFloat | torch.SymBool) else value
+        if expr is value:
+            return value
+        number = expr.subs(self._sizes)
+        if number.free_symbols:
+            raise Refused(f"depends on a size, {expr}, that is not one of an input")
+        return bool(number) if isinstance(value, torch.SymBool) else int(number) if number.is_integer else float(number)
+
+
+def known_nodes(gm: fx.GraphModule) -> set[fx.Node]:
+    """Every node that depends on positions, sizes and constants alone, so that an Evaluator can tell its value."""
+    written = mutated(gm.graph)
+    found: set[fx.Node] = set()
+    for node in gm.graph.nodes:
+        if node not in written and _is_known(gm, node, found):
+            found.add(node)
+    return found
+
+
+def _is_known(gm: fx.GraphModule, node: fx.Node, found: set[fx.Node]) -> bool:
+    value = node.meta.get("val")
+    if isinstance(value, _NUMBERS):
+        return not free_unbacked_symbols(value)
+    if node.op == "placeholder":
+        return is_positions(node)
+    if node.op == "get_attr":
+        return not isinstance(get_attribute(gm, str(node.target)), torch.nn.Parameter)
+    return node.op == "call_function" and is_pure(node) and all(arg in found for arg in node.all_input_nodes)
+
+
+def is_positions(node: fx.Node) -> bool:
+    """Whether an input is the positions of tokens, to go by its name: integers, along the last dimension."""
+    value = node.meta.get("val")
+    if not isinstance(value, Tensor) or value.is_floating_point() or value.dtype is torch.bool:
+        return False
+    return value.dim() > 0 and node.name.strip("_").endswith(_POSITIONS)
+
+
+def cone(node: fx.Node) -> Iterator[fx.Node]:
+    """`node` and everything that it is computed from, each once."""
+    seen = {node}
+    waiting = [node]
+    while waiting:
+        current = waiting.pop()
+        yield current
+        new = [arg for arg in current.all_input_nodes if arg not in seen]
+        seen.update(new)
+        waiting += new
+
+
+def constants(node: fx.Node) -> Iterator[int | float]:
+    """The numbers written out among the arguments of `node` and of what it is computed from."""
+    found: list[int | float] = []
+
+    def keep(value: Any) -> Any:
+        if isinstance(value, int | float) and not isinstance(value, bool):
+            found.append(value)
+        return value
+
+    for current in cone(node):
+        map_aggregate((current.args, current.kwargs), keep)
+    yield from found

@@ -1,0 +1,208 @@
+"""Finds the attention around a softmax or a scaled_dot_product_attention."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import fx
+from torch.fx.experimental.symbolic_shapes import statically_known_true
+
+from autodeploy.attention_forms.asked import Masks, Seen, Sizes
+from autodeploy.attention_forms.evaluate import Refused, cone, constants
+from autodeploy.attention_forms.found import Attention
+from autodeploy.attention_forms.heads import Operand, num_heads, peel
+from autodeploy.attention_forms.scores import ScoreReader, Scores, Term, drops_nothing, is_cast, keeps_rows
+
+aten = torch.ops.aten
+SDPA = aten.scaled_dot_product_attention.default
+SOFTMAXES = (aten.softmax.int, aten._softmax.default)
+_PRODUCTS = (aten.matmul.default, aten.bmm.default)
+_PASSED = (aten.clone.default, aten.contiguous.default, aten.alias.default, aten.detach.default)
+
+
+class Matcher:
+    """Matches in one graph, of which the nodes in `known` can be evaluated."""
+
+    def __init__(self, gm: fx.GraphModule, known: set[fx.Node]) -> None:
+        self._known = known
+        self._reader = ScoreReader(gm, known)
+        self.sizes = Sizes(gm)
+        self._masks = Masks(gm, known, self.sizes)
+
+    def match(self, node: fx.Node, *, hides_rows: bool = False) -> Attention | None:
+        """The attention that `node` is the heart of; None where it is not one. Raises Refused with the reason.
+
+        `hides_rows`: a query that sees nothing gives zeros, as with SDPA, and not NaN or the mean of all values.
+        """
+        return self._sdpa(node) if node.target is SDPA else self._softmax(node, hides_rows)
+
+    def _softmax(self, node: fx.Node, hides_rows: bool) -> Attention | None:
+        found = _weighted_product(node)
+        if found is None:
+            return None
+        output, is_cut = found
+        ndim = node.meta["val"].dim()
+        scores = self._reader.read(node.all_input_nodes[0]) if ndim > 2 else None
+        if scores is None:
+            raise Refused("weighs values by something other than queries times keys")
+        if node.args[1] not in (-1, ndim - 1):
+            raise Refused("has a softmax over another dimension than the keys")
+        if is_cut != (scores.sinks is not None):
+            raise Refused("drops some of its weights")
+        _check_used_once(node, output)
+        scores = replace(scores, words=("flex_attention" if hides_rows else "softmax", *scores.words))
+        value = output.args[1]
+        assert isinstance(value, fx.Node)
+        return self._attention(output, scores, value, hides_rows=hides_rows)
+
+    def _sdpa(self, node: fx.Node) -> Attention:
+        arguments = _arguments(node)
+        query, key, value, mask = (arguments[name] for name in ("query", "key", "value", "attn_mask"))
+        if arguments["dropout_p"]:
+            raise Refused("has dropout; call model.eval() before tracing")
+        shape = query.meta["val"].shape
+        scale = arguments["scale"]
+        scale = shape[-1] ** -0.5 if scale is None else scale
+        if not isinstance(scale, int | float):
+            raise Refused("has a scale that is not a number")
+        if len(shape) not in (3, 4):
+            raise Refused(f"has queries of {len(shape)} dimensions")
+        scores = Scores(query, key, scale, causal=bool(arguments["is_causal"]), words=("sdpa",))
+        if scores.causal:
+            scores = replace(scores, words=("sdpa", "is_causal"))
+        if mask is not None:
+            role = "keep" if mask.meta["val"].dtype is torch.bool else "add"
+            scores_shape = torch.Size([*shape[:-1], key.meta["val"].shape[-2]])
+            scores = scores.plus(Term(mask, role, scores_shape), "bool mask" if role == "keep" else "float mask")
+        return self._attention(node, scores, value, hides_rows=True, is_transposed=False)
+
+    def _attention(
+        self, output: fx.Node, scores: Scores, value: fx.Node, *, hides_rows: bool, is_transposed: bool = True
+    ) -> Attention:
+        operands = [Operand(scores.query), Operand(scores.key, is_transposed=is_transposed), Operand(value)]
+        _check_recorded(operands)
+        _check_lengths(operands)
+        query, key, value_operand = self._peel(operands)
+        heads = num_heads(query, _heads_of(key, value_operand, scores, output))
+        kv_heads = num_heads(key, heads)
+        if num_heads(value_operand, kv_heads) != kv_heads or heads % kv_heads:
+            raise Refused(f"has {heads} query heads on {kv_heads} key heads and another number of value heads")
+        masks = [term for term in scores.terms if self._masks.is_mask(term)]
+        others = [term for term in scores.terms if term not in masks]
+        seen = self._masks.read(masks, scores.causal)
+        if seen is None:
+            others, seen = list(scores.terms), Seen(scores.causal)
+        if hides_rows:
+            for term in others:
+                self._check_rows(term)
+        words = [*scores.words, *_describe(seen, others)]
+        words += ["grouped heads"] if kv_heads < heads else []
+        return Attention(
+            output=output,
+            query=query,
+            key=key,
+            value=value_operand,
+            num_heads=heads,
+            num_kv_heads=kv_heads,
+            scale=scores.scale * query.scale * key.scale * (scores.softcap or 1.0),
+            softcap=scores.softcap,
+            sinks=scores.sinks,
+            bias=tuple(others),
+            seen=seen,
+            words=tuple(dict.fromkeys(words)),
+        )
+
+    def _peel(self, operands: Sequence[Operand]) -> list[Operand]:
+        """Queries, keys and values; both keys and values without their repeats, or neither."""
+        numbers = (self._reader.number, self._reader.number, lambda _: None)
+        peeled = [peel(*pair) for pair in zip(operands, numbers, strict=True)]
+        if peeled[1].repeats == peeled[2].repeats:
+            return peeled
+        return [peel(*pair, repeats=False) for pair in zip(operands, numbers, strict=True)]
+
+    def _check_rows(self, term: Term) -> None:
+        """Refuse a mask that may hide everything from some query, for which SDPA gives zeros."""
+        if term.node in self._known:
+            return self._masks.check_rows(term)
+        if term.role != "add":
+            raise Refused("has a mask that depends on data, and may hide everything from some query")
+        sources = [node for node in cone(term.node) if node.op == "placeholder"]
+        is_given = any(node.meta["val"].is_floating_point() for node in sources if "val" in node.meta)
+        if is_given or -math.inf in constants(term.node):
+            raise Refused("has a bias that may be -inf for everything that some query sees")
+
+
+def _weighted_product(node: fx.Node) -> tuple[fx.Node, bool] | None:
+    """The matrix product that a softmax's result is the left factor of, and whether a last entry was cut off before."""
+    is_cut = False
+    for user in _line_of_users(node):
+        if user.target in _PRODUCTS:
+            return (user, is_cut) if user.meta["val"].dim() > 2 else None
+        if user.target is aten.slice.Tensor:
+            is_cut = True
+    return None
+
+
+def _line_of_users(node: fx.Node) -> list[fx.Node]:
+    """From a softmax down to the first product, through what leaves its weights as they are."""
+    line: list[fx.Node] = []
+    waiting = list(node.users)
+    while waiting:
+        user = waiting.pop()
+        if user.target in _PRODUCTS and user.args[0] in (node, *line):
+            return [*line, user]
+        if user.target in _PASSED or is_cast(user) or keeps_rows(user) or drops_nothing(user) or _cuts_last(user):
+            line.append(user)
+            waiting += user.users
+    return []
+
+
+def _cuts_last(node: fx.Node) -> bool:
+    if node.target is not aten.slice.Tensor:
+        return False
+    ndim = node.meta["val"].dim()
+    return tuple(node.args[1:]) in ((-1, 0, -1), (ndim - 1, 0, -1), (-1, None, -1), (ndim - 1, None, -1))
+
+
+def _check_used_once(node: fx.Node, output: fx.Node) -> None:
+    while node is not output:
+        if len(node.users) > 1:
+            raise Refused("has weights that are used elsewhere too")
+        node = next(iter(node.users))
+
+
+def _arguments(node: fx.Node) -> dict[str, Any]:
+    target = node.target
+    assert isinstance(target, torch._ops.OpOverload)
+    schema = target._schema.arguments
+    defaults = {arg.name: arg.default_value for arg in schema if arg.has_default_value()}
+    return defaults | dict(zip((arg.name for arg in schema), node.args, strict=False)) | node.kwargs
+
+
+def _check_recorded(operands: Sequence[Operand]) -> None:
+    if not all("val" in operand.node.meta for operand in operands):
+        raise Refused("has inputs without recorded shapes")
+
+
+def _check_lengths(operands: Sequence[Operand]) -> None:
+    query, key, value = operands
+    num_keys = key.shape[-1] if key.is_transposed else key.shape[-2]
+    if not all(statically_known_true(query.shape[-2] == size) for size in (num_keys, value.shape[-2])):
+        raise Refused("has keys that are not this sequence's own tokens: they are of another length")
+
+
+def _heads_of(key: Operand, value: Operand, scores: Scores, output: fx.Node) -> int | None:
+    """The number of query heads that something other than the queries tells."""
+    told = [operand.shape[1] * operand.repeats for operand in (key, value) if len(operand.shape) == 4]
+    told += [term.shape[1] for term in scores.terms if len(term.shape) == 4]
+    told += [user.meta["val"].shape[1] for user in output.users if keeps_rows(user) and user.meta["val"].dim() == 4]
+    return next((heads for heads in told if isinstance(heads, int)), None)
+
+
+def _describe(seen: Seen, bias: Sequence[Term]) -> list[str]:
+    mask = "causal" if seen.causal else "full"
+    return [mask if seen.window is None else f"{mask} window", *(["bias"] if bias else [])]

@@ -1,0 +1,182 @@
+"""What a node may do besides giving its value, in every spelling of FX."""
+
+from __future__ import annotations
+
+import math
+import operator
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import fx
+from torch.nn import functional as F
+
+from autodeploy.aliasing import aliased, mutated, returned, writes
+from autodeploy.effects import EFFECTS, HOST, RANDOM, UNBACKED, UNKNOWN, WRITES, impurity, is_needed
+
+aten = torch.ops.aten
+Make = Callable[[fx.Graph, fx.Node], fx.Node]
+
+
+def function(target: Callable[..., Any], *args: Any, **kwargs: Any) -> Make:
+    return lambda graph, x: graph.call_function(target, (x, *args), kwargs)
+
+
+def method(name: str, *args: Any, **kwargs: Any) -> Make:
+    return lambda graph, x: graph.call_method(name, (x, *args), kwargs)
+
+
+def one(make: Make) -> tuple[fx.Node, fx.Node]:
+    """An input and the node that `make` puts behind it."""
+    graph = fx.Graph()
+    x = graph.placeholder("x")
+    return x, make(graph, x)
+
+
+PURE: dict[str, Make] = {
+    "an overload": function(aten.clamp.default, 0),
+    "a torch function": function(torch.clamp, min=0),
+    "a functional": function(F.softmax, dim=-1),
+    "a method": method("clamp", min=0),
+    "a cast": method("float"),
+    "a size": method("size", 0),
+    "an operator": function(operator.add, 1),
+    "an index": function(operator.getitem, 0),
+    "mathematics": function(math.sqrt),
+    "symbolic mathematics": function(torch.sym_max, 2),
+    "a shape": function(getattr, "shape"),
+    "a view": function(getattr, "mT"),
+    "not in place": function(F.relu, inplace=False),
+}
+IMPURE: dict[str, tuple[Make, str]] = {
+    "a random overload": (function(aten.bernoulli.default), RANDOM),
+    "a random function": (function(torch.rand_like), RANDOM),
+    "a random method": (method("bernoulli"), RANDOM),
+    "an overload that writes": (function(aten.add_.Tensor, 1), WRITES),
+    "a method that writes": (method("add_", 1), WRITES),
+    "an operator that writes": (function(operator.iadd, 1), WRITES),
+    "an assignment": (function(operator.setitem, 0, 1), WRITES),
+    "out": (lambda graph, x: graph.call_function(torch.neg, (x,), {"out": x}), WRITES),
+    "in place by name": (function(F.relu, inplace=True), WRITES),
+    "in place by position": (function(F.relu, True), WRITES),
+    "statistics": (function(aten.batch_norm.default), WRITES),
+    "a check": (function(aten._assert_async.default), EFFECTS),
+    "an item": (method("item"), HOST),
+    "an overload's item": (function(aten._local_scalar_dense.default), HOST),
+    "a foreign function of an op's name": (function(lambda x: x), UNKNOWN),
+    "printing": (function(print), UNKNOWN),
+    "a gradient": (function(getattr, "grad"), UNKNOWN),
+}
+
+
+@pytest.mark.parametrize("name", PURE)
+def test_pure(name: str) -> None:
+    _, node = one(PURE[name])
+    assert impurity(node) is None
+    assert writes(node) == []
+    assert not is_needed(node)
+
+
+@pytest.mark.parametrize("name", IMPURE)
+def test_impure(name: str) -> None:
+    make, reason = IMPURE[name]
+    x, node = one(make)
+    assert impurity(node) == reason
+    assert is_needed(node) == (reason != HOST)
+    if reason == WRITES and name != "statistics":
+        assert set(writes(node)) == {x}
+        assert x in mutated(node.graph)
+
+
+VIEWS: dict[str, Make] = {
+    "an overload": function(aten.view.default, [4]),
+    "a method": method("reshape", 4),
+    "a torch function": function(torch.transpose, 0, 1),
+    "an operator": function(operator.getitem, 0),
+    "a cast that may give the same": method("float"),
+    "an attribute": function(getattr, "T"),
+    "an op whose schema says nothing": function(aten.type_as.default, 0),
+    "an unknown function": function(print),
+}
+
+
+@pytest.mark.parametrize("name", VIEWS)
+def test_views_share_storage(name: str) -> None:
+    x, node = one(VIEWS[name])
+    assert aliased(node) == [x]
+    node.graph.call_method("zero_", (node,))
+    node.graph.output(())
+    assert mutated(node.graph) >= {x, node}
+
+
+@pytest.mark.parametrize("make", [function(aten.add.Tensor, 1), function(operator.mul, 2), method("clone")])
+def test_new_values_share_nothing(make: Make) -> None:
+    _, node = one(make)
+    assert aliased(node) == []
+    node.graph.output(node)
+    assert returned(node.graph) == {node}
+
+
+def test_what_is_returned_is_returned_with_its_base() -> None:
+    x, base = one(function(aten.neg.default))
+    view = base.graph.call_function(aten.t.default, (base,))
+    base.graph.output((view, {"x": x}))
+    assert returned(base.graph) == {x, base, view}
+
+
+def test_a_size_made_up_by_tracing() -> None:
+    class Nonzero(torch.nn.Module):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return x.nonzero() * 2
+
+    graph = torch.export.export(Nonzero(), (torch.arange(4),)).graph
+    found = [impurity(node) for node in graph.nodes if node.target is aten.nonzero.default]
+    assert found == [UNBACKED]
+
+
+class Branches(torch.nn.Module):
+    def __init__(self, body: Callable[[torch.Tensor], torch.Tensor]) -> None:
+        super().__init__()
+        self.body = body
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return torch.cond(x.sum() > 0, self.body, lambda x: x - 1, (x,))
+
+
+@pytest.mark.parametrize(("body", "reason"), [(torch.sin, None), (torch.bernoulli, RANDOM)])
+def test_a_branch_is_as_pure_as_its_bodies(body: Callable[..., Any], reason: str | None) -> None:
+    program = torch.export.export(Branches(body), (torch.ones(3),))
+    nodes = program.module(check_guards=False).graph.nodes
+    assert [impurity(node) for node in nodes if node.target is torch.ops.higher_order.cond] == [reason]
+
+
+def test_names_of_one_storage() -> None:
+    root = torch.nn.Module()
+    root.whole = torch.nn.Buffer(torch.zeros(4))
+    root.part = torch.nn.Buffer(root.whole[:2])
+    graph = fx.Graph()
+    whole, part = graph.create_node("get_attr", "whole"), graph.create_node("get_attr", "part")
+    graph.output((whole, graph.call_method("add_", (part, 1))))
+    gm = fx.GraphModule(root, graph)
+    assert mutated(gm.graph) >= set(gm.graph.find_nodes(op="get_attr"))
+
+
+class Foreign(torch.nn.Module):
+    """Nobody knows what it does."""
+
+
+@pytest.mark.parametrize(
+    ("leaf", "is_written"), [(torch.nn.Tanh(), False), (torch.nn.ReLU(inplace=True), True), (Foreign(), True)]
+)
+def test_modules(leaf: torch.nn.Module, is_written: bool) -> None:
+    root = torch.nn.Module()
+    root.leaf = leaf
+    graph = fx.Graph()
+    x = graph.placeholder("x")
+    graph.output(graph.call_module("leaf", (x,)))
+    gm = fx.GraphModule(root, graph)
+    inputs = gm.graph.find_nodes(op="placeholder")
+    assert mutated(gm.graph).issuperset(inputs) == is_written
+    assert is_needed(gm.graph.find_nodes(op="call_module")[0])
+    assert x.op == "placeholder"

@@ -1,0 +1,137 @@
+"""Equal keys exactly where values must be equal."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, fx
+from torch.export import Dim
+
+from autodeploy.equality import merge_equal, merge_equal_numbers, repeated
+from autodeploy.spelling import recorded_value
+
+aten = torch.ops.aten
+CPU = torch.device("cpu")
+
+
+class Body(torch.nn.Module):
+    def __init__(self, function: Callable[..., Any]) -> None:
+        super().__init__()
+        self.function = function
+
+    def forward(self, x: Tensor, y: Tensor) -> Any:
+        return self.function(x, y)
+
+
+def exported(function: Callable[..., Any]) -> fx.GraphModule:
+    """`function` of x [n, m] and y [m], both symbolic, as ATen with shapes."""
+    inputs = (torch.zeros(3, 5), torch.zeros(5))
+    shapes = {"x": {0: Dim.DYNAMIC, 1: Dim.DYNAMIC}, "y": {0: Dim.DYNAMIC}}
+    gm = torch.export.export(Body(function), inputs, dynamic_shapes=shapes, strict=False).module(check_guards=False)
+    assert isinstance(gm, fx.GraphModule)
+    return gm
+
+
+def num_merged(gm: fx.GraphModule) -> int:
+    numbers = [node for node in gm.graph.nodes if isinstance(recorded_value(node), torch.SymInt)]
+    merge_equal_numbers(numbers)
+    nodes = [node for node in gm.graph.nodes if node.op in ("call_function", "get_attr") and node not in numbers]
+    guessed = len(repeated(nodes))
+    merged = len(merge_equal(gm.graph, nodes))
+    assert guessed == merged
+    gm.graph.lint()
+    return merged
+
+
+EQUAL: dict[str, Callable[[Tensor, Tensor], Any]] = {
+    "by position and by name": lambda x, y: aten.add.Tensor(x, 1) * aten.add.Tensor(x, other=1),
+    "by default": lambda x, y: aten.add.Tensor(x, 1) * aten.add.Tensor(x, 1, alpha=1),
+    "ranges": lambda x, y: torch.arange(5) * torch.arange(0, 5) * torch.arange(0, 5, 1, dtype=torch.int64, device=CPU),
+    "fills": lambda x, y: torch.zeros(5) * torch.full((5,), 0.0) * torch.full((5,), 0, dtype=torch.float32),
+    "sizes of two tensors": lambda x, y: torch.arange(x.shape[1]) * torch.arange(y.shape[0]) * (x[0] + y),
+    "sizes of a result": lambda x, y: torch.arange(x.sin().shape[0]) * torch.arange(x.shape[0]) + x.sum(),
+    "lists": lambda x, y: x.max(dim=1).values * x.max(dim=1).values,
+    "constants": lambda x, y: x * torch.tensor([1.0, 2.0]).sum() * torch.tensor([1.0, 2.0]).sum(),
+    "branches": lambda x, y: _branch(x, torch.sin) * _branch(x, torch.sin),
+}
+DIFFERENT: dict[str, Callable[[Tensor, Tensor], Any]] = {
+    "numbers of other types": lambda x, y: torch.full_like(x, 1) * torch.full_like(x, True),
+    "zeros": lambda x, y: torch.full_like(x, 0.0) * torch.full_like(x, -0.0),
+    "dtypes": lambda x, y: torch.arange(5) * torch.arange(5, dtype=torch.int32) * torch.arange(5.0),
+    "fills of other dtypes": lambda x, y: torch.zeros(5) * torch.zeros(5, dtype=torch.int64),
+    "sizes": lambda x, y: torch.arange(x.shape[1]).sum() * torch.arange(x.shape[0]).sum(),
+    "constants": lambda x, y: x * torch.tensor([1.0, 0.0]).sum() * torch.tensor([1.0, -0.0]).sum(),
+    "constants of other dtypes": lambda x, y: x * torch.tensor([1.0]) * torch.tensor([1], dtype=torch.int32),
+    "branches": lambda x, y: _branch(x, torch.sin) * _branch(x, torch.cos),
+}
+
+
+def _branch(x: Tensor, body: Callable[[Tensor], Tensor]) -> Tensor:
+    return torch.cond(x.sum() > 0, body, lambda x: x - 1, (x,))
+
+
+@pytest.mark.parametrize("name", EQUAL)
+def test_equal(name: str) -> None:
+    gm = exported(EQUAL[name])
+    x, y = torch.randn(4, 7), torch.randn(7)
+    want = gm(x, y)
+    assert num_merged(gm)
+    gm.recompile()
+    assert torch.equal(gm(x, y), want)
+
+
+@pytest.mark.parametrize("name", DIFFERENT)
+def test_different(name: str) -> None:
+    gm = exported(DIFFERENT[name])
+    ops = {str(node.target) for node in gm.graph.nodes if node.op == "call_function"}
+    num_merged(gm)
+    kept = [str(node.target) for node in gm.graph.nodes if node.op == "call_function"]
+    assert set(kept) == ops
+    assert max(map(kept.count, ops - {"aten.mul.Tensor"}), default=1) >= 2 or len(ops) > 2
+
+
+def test_torch_functions_and_methods() -> None:
+    graph = fx.Graph()
+    x = graph.placeholder("x")
+    nodes = [
+        graph.call_function(torch.clamp, (x, 0)),
+        graph.call_function(torch.clamp, (x,), {"min": 0}),
+        graph.call_method("clamp", (x, 0)),
+        graph.call_method("clamp", (x,), {"min": 0, "max": None}),
+    ]
+    graph.output(graph.call_function(torch.cat, (nodes,)))
+    assert merge_equal(graph, nodes) == {nodes[1], nodes[3]}
+
+
+def test_two_values_that_a_caller_gets_stay_two() -> None:
+    graph = fx.Graph()
+    x = graph.placeholder("x")
+    base = graph.call_function(aten.neg.default, (x,))
+    view = graph.call_function(aten.t.default, (base,))
+    same, third = (graph.call_function(aten.neg.default, (x,)) for _ in range(2))
+    graph.output((view, same, graph.call_function(aten.sin.default, (third,))))
+    assert merge_equal(graph, [base, view, same, third]) == {third}
+
+
+def test_a_caller_may_get_one_of_them() -> None:
+    graph = fx.Graph()
+    x = graph.placeholder("x")
+    inside, outside, other = (graph.call_function(aten.neg.default, (x,)) for _ in range(3))
+    graph.output((outside, graph.call_function(aten.sin.default, (inside,)), other))
+    assert merge_equal(graph, [inside, outside, other]) == {outside}
+
+
+@pytest.mark.parametrize("first", [0, -1, 2**40])
+def test_large_constants_are_compared_by_identity(first: int) -> None:
+    root = torch.nn.Module()
+    root.one = torch.nn.Buffer(torch.full((20_000,), first))
+    root.two, root.three = torch.nn.Buffer(root.one.clone()), torch.nn.Buffer(root.one)
+    graph = fx.Graph()
+    nodes = [graph.create_node("get_attr", name) for name in ("one", "two", "three")]
+    graph.output(graph.call_function(torch.cat, (nodes,)))
+    gm = fx.GraphModule(root, graph)
+    nodes = gm.graph.find_nodes(op="get_attr")
+    assert merge_equal(gm.graph, nodes) == {nodes[2]}

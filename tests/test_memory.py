@@ -1,0 +1,83 @@
+"""The bound on peak memory: what is too large to be kept from the start stays where it is, and is said."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor, fx
+
+from autodeploy import pipeline
+from autodeploy.dependence import KEPT, split
+from autodeploy.graph import PREPARE, prepare_nodes
+from autodeploy.memory import PEAK_BYTES, too_large_to_share
+from passes import ShareMetadata
+
+aten = torch.ops.aten
+SEQ = 1024  # a mask [SEQ, SEQ] of 8-byte distances is 8 MiB
+
+
+class Masks(torch.nn.Module):
+    """One large mask per layer, of windows that differ or not, each dead when the next is made."""
+
+    def __init__(self, windows: list[int]) -> None:
+        super().__init__()
+        self.windows = windows
+
+    def forward(self, x: Tensor, positions: Tensor) -> Tensor:
+        for window in self.windows:
+            distance = positions[:, None] - positions[None, :]
+            mask = distance * (distance < window)
+            x = torch.mv(mask.to(x.dtype), x).tanh()
+        return x
+
+
+def graph_of(windows: list[int]) -> fx.GraphModule:
+    inputs = (torch.zeros(SEQ), torch.arange(SEQ))
+    gm = torch.export.export(Masks(windows), inputs).module(check_guards=False)
+    assert isinstance(gm, fx.GraphModule)
+    return gm
+
+
+def share(gm: fx.GraphModule) -> pipeline.PassRecord:
+    x, positions = torch.randn(SEQ), torch.arange(SEQ)
+    want = gm(x, positions)
+    record = pipeline.run(gm, [ShareMetadata()])[0]
+    assert torch.equal(gm(x, positions), want)
+    done = str(gm.graph)
+    assert ShareMetadata().apply(gm) == 0
+    assert str(gm.graph) == done
+    return record
+
+
+def test_many_large_masks_stay_and_what_they_are_made_of_is_shared() -> None:
+    gm = graph_of([8 * layer for layer in range(1, 9)])
+    record = share(gm)
+    assert any("peak memory" in miss.reason for miss in record.near_misses)
+    kept = [node for node in gm.graph.nodes if KEPT in node.meta]
+    assert len(kept) >= 8
+    assert len(prepare_nodes(gm)) == 1
+    inner = getattr(gm, PREPARE).graph
+    assert inner.find_nodes(op="call_function", target=aten.unsqueeze.default)
+    assert not inner.find_nodes(op="call_function", target=aten._to_copy.default)
+
+
+def test_a_mask_that_all_layers_share_is_kept_from_the_start() -> None:
+    record = share(gm := graph_of([8] * 8))
+    assert record.near_misses == ()
+    assert split(gm).metadata == []
+
+
+def test_small_values_are_not_even_weighed() -> None:
+    gm = graph_of([8, 16])
+    parts = split(gm)
+    small = [node for node in parts.metadata if node.meta["val"].numel() * 8 <= PEAK_BYTES]
+    assert too_large_to_share(gm.graph, parts.known, small) == []
+
+
+@pytest.mark.parametrize("num_layers", [2, 16])
+def test_without_shapes_everything_is_shared(num_layers: int) -> None:
+    gm = graph_of([8 * layer for layer in range(1, num_layers + 1)])
+    for node in gm.graph.nodes:
+        if node.op != "placeholder":
+            node.meta.pop("val", None)
+    assert share(gm).near_misses == ()
