@@ -1,8 +1,9 @@
-"""The composition root: `apply` joins the passes, the checks and the report."""
+"""The composition root: `apply` joins the passes, the checks, the report and the history; `diff` compares graphs."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from importlib.metadata import entry_points
 
@@ -14,23 +15,26 @@ from autodeploy.graph import copy_module
 from autodeploy.metadata.layout import LayoutSpec
 from autodeploy.ops.registry import check_backend_choice
 from autodeploy.ops.spec import CacheSpec
-from autodeploy.pipeline import Pass
+from autodeploy.pipeline import Observer, Pass
 from autodeploy.report import Report
 from autodeploy.trace import TRACE_SECONDS
 from autodeploy.verify import Verifier
+from autodeploy.viz import GraphDiff, Recorder, Snapshot, Trace
 
 
 @dataclass(frozen=True)
 class Result:
     """What `apply` made: the new graph, and what was done to get there.
 
-    `layout_spec` and `cache_specs` say what the graph takes beside the tokens; None and empty before caching.
+    `layout_spec` and `cache_specs` say what the graph takes beside the tokens; None and empty before caching. `trace`
+    is the graph after each pass, None where `apply` was given no recorder.
     """
 
     module: fx.GraphModule
     report: Report
     layout_spec: LayoutSpec | None
     cache_specs: tuple[CacheSpec, ...]
+    trace: Trace | None = None
 
 
 def apply(
@@ -40,21 +44,35 @@ def apply(
     passes: Sequence[Pass | str] | None = None,
     page_size: int = 16,
     verify: bool = False,
+    recorder: Recorder | None = None,
 ) -> Result:
     """Run the passes on a copy of `gm`, which stays as it is; weights are shared.
 
     `backend` is "auto", a backend's name, or a mapping from layer type or kind to a name. `passes` replaces the
     default list; a name stands for the default pass of that name. With `verify`, the graph is run before and after
-    each pass on random ragged batches, and the first pass that changes a bit it may not change is an error.
+    each pass on random ragged batches, and the first pass that changes a bit it may not change is an error. A
+    `recorder` keeps the graph after each pass; when a pass raises, its `trace()` ends with that pass.
     Raises UnknownName, OptionError, NoAttentionFound, UnsupportedFeature or PassError.
     """
     check_backend_choice(backend)
     steps = resolve_passes(passes, backend, page_size)
     copy = copy_module(gm)
-    records = pipeline.run(copy, steps, [Verifier()] if verify else [])
+    observers: list[Observer] = [Verifier()] if verify else []
+    with recorder or nullcontext():
+        records = pipeline.run(copy, steps, [recorder, *observers] if recorder else observers)
     report = Report.of(records, copy, gm.meta.get(TRACE_SECONDS, 0.0))
     specs = tuple(copy.meta.get("autodeploy_cache_specs", ()))
-    return Result(copy, report, copy.meta.get("autodeploy_layout_spec"), specs)
+    return Result(copy, report, copy.meta.get("autodeploy_layout_spec"), specs, recorder.trace() if recorder else None)
+
+
+def diff(
+    before: fx.GraphModule | Snapshot, after: fx.GraphModule | Snapshot, *, ignore: Iterable[str] = ()
+) -> GraphDiff:
+    """What differs between two graphs, their nodes matched: `str(...)`, `.summary()`, `.save("x.html")`.
+
+    `ignore` leaves out differences of "names", "order", "device" or "meta". Raises UnknownName for other names.
+    """
+    return GraphDiff.of(before, after, ignore=ignore)
 
 
 def resolve_passes(

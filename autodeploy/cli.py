@@ -93,6 +93,7 @@ def _add_generate(parser: argparse.ArgumentParser) -> None:
 def _add_apply(parser: argparse.ArgumentParser) -> None:
     _add_model(parser)
     parser.add_argument("--save", type=Path, metavar="DIR", help="write report.txt, graph_before.txt, graph_after.txt")
+    parser.add_argument("--html", type=Path, metavar="FILE", help="write a page that shows what each pass did")
     parser.set_defaults(run=_apply)
 
 
@@ -154,12 +155,20 @@ def _apply(args: argparse.Namespace) -> None:
     from autodeploy.backend import apply
     from autodeploy.models import load_model, resolve_model
     from autodeploy.trace import trace
+    from autodeploy.viz import Recorder
+    from autodeploy.viz.page import render_page
 
     if args.save is not None and args.save.exists() and not args.save.is_dir():
         raise OptionError(f"--save {args.save} is a file", fix="name a folder")
     model, _ = load_model(resolve_model(args.model), _dtype(args.dtype))
     gm = trace(model)
-    result = apply(gm, parse_backend(args.backend), page_size=args.page_size)
+    recorder = Recorder() if args.html else None
+    try:
+        result = apply(gm, parse_backend(args.backend), page_size=args.page_size, recorder=recorder)
+    finally:
+        # Also what a pass that raised has left behind.
+        if recorder and recorder.trace().stages:
+            args.html.write_text(render_page(recorder.trace(), f"autodeploy apply {args.model}"), encoding="utf-8")
     print(result.report)
     if args.save is None:
         return

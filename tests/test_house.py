@@ -51,13 +51,13 @@ ALLOWED = {
     "lowering": _CORE | {"report"},
     "step_cache": _CORE | {"lowering"},
     "viz": _BASE | {"graph"},
-    "backend": _CORE | {"passes", "report", "trace", "verify"},
+    "backend": _CORE | {"passes", "report", "trace", "verify", "viz"},
     "dynamo": _CORE | {"passes", "report"},
     "llm": _CORE | {"backend", "lowering", "models", "report", "runtime", "step_cache", "trace"},
     "doctor": _BASE | {"ops", "metadata", "passes"},
     "cli": _BASE | {"backend", "doctor", "llm", "models", "runtime", "trace", "viz"},
     "__main__": {"cli"},
-    "__init__": _CORE | {"backend", "dynamo", "llm", "runtime", "trace"},
+    "__init__": _CORE | {"backend", "dynamo", "llm", "runtime", "trace", "viz"},
 }
 # Imports by name at run time. The registry is the one place below the kernels that loads them, when first asked.
 ALLOWED_BY_NAME = {("ops", "kernels")}

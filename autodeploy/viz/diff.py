@@ -137,7 +137,7 @@ class GraphDiff:
         return union(self)
 
     def save(self, path: str | Path) -> None:
-        """Write .txt, .json, .svg, .dot, or .me.json (Model Explorer). Raises OptionError for other endings."""
+        """Write .html, .txt, .json, .svg, .dot, or .me.json (Model Explorer). Raises OptionError for other endings."""
         path = Path(path)
         for ending, write in _writers().items():
             if path.name.endswith(ending):
@@ -148,9 +148,11 @@ class GraphDiff:
 
 def _writers() -> dict[str, Callable[[GraphDiff], str]]:
     from autodeploy.viz import export
+    from autodeploy.viz.page import render_page
     from autodeploy.viz.svg import draw
 
     return {
+        ".html": render_page,
         ".me.json": lambda diff: json.dumps(export.to_model_explorer(diff), indent=1),
         ".json": lambda diff: json.dumps(diff.to_json(), indent=1),
         ".txt": lambda diff: f"{diff}\n",

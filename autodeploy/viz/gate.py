@@ -16,6 +16,7 @@ from autodeploy.errors import OptionError, UnknownName
 from autodeploy.viz.changes import IGNORABLE
 from autodeploy.viz.diff import GraphDiff
 from autodeploy.viz.duplicates import duplicate_metadata
+from autodeploy.viz.page import render_page
 from autodeploy.viz.snapshot import SCHEMA, Snapshot
 from autodeploy.viz.text import print_diff
 from autodeploy.viz.trace import SCHEMA as TRACE_SCHEMA
@@ -130,8 +131,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         action="append",
         default=[],
         metavar="FILE",
-        help="write .txt, .json, .svg, .dot or .me.json (repeatable)",
+        help="write .html, .txt, .json, .svg, .dot or .me.json (repeatable)",
     )
+    parser.add_argument("--html", type=Path, metavar="FILE", help="write a page to look at the difference")
     parser.add_argument("--summary", action="store_true", help="print the summary as JSON, to be kept for --expect")
 
 
@@ -153,6 +155,8 @@ def run(args: argparse.Namespace) -> int:
         print_diff(diff, sys.stdout)
     for path in args.save:
         diff.save(path)
+    if args.html:
+        args.html.write_text(render_page(diff), encoding="utf-8")
     for line in found:
         print(line, file=sys.stderr)
     return 1 if found else 0

@@ -46,7 +46,7 @@ def summary(diff: GraphDiff) -> str:
 
 def _tree(block: Block) -> list[str]:
     times = f"{len(block.modules)} x " if len(block.modules) > 1 else ""
-    lines = [f"  {times}{block.path or '(outside modules)'}{_which(block)}"]
+    lines = [f"  {times}{block.path or '(outside modules)'}{which(block)}"]
     for module in dict.fromkeys(line.module for line in block.content):
         indent = "    "
         if module:
@@ -62,7 +62,7 @@ def _repeated(line: Line) -> str:
     return f"{line.count} x " if line.count > 1 else ""
 
 
-def _which(block: Block) -> str:
+def which(block: Block) -> str:
     """What `*` stands for."""
     if len(block.modules) == 1:
         return ""

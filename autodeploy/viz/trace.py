@@ -104,8 +104,17 @@ class Trace:
         return {"schema": SCHEMA, "nodes": [json.loads(node) for node in pool], "stages": stages}
 
     def save(self, path: str | Path) -> None:
-        """Write as JSON; `autodeploy diff` reads its last stage."""
-        Path(path).write_text(json.dumps(self.to_json()) + "\n", encoding="utf-8")
+        """Write a page (.html), or else JSON, of which `autodeploy diff` reads the last stage."""
+        from autodeploy.viz.page import render_page
+
+        path = Path(path)
+        text = render_page(self) if path.suffix == ".html" else json.dumps(self.to_json()) + "\n"
+        path.write_text(text, encoding="utf-8")
+
+    def _repr_html_(self) -> str:
+        from autodeploy.viz.page import render_frame
+
+        return render_frame(self)
 
     @staticmethod
     def from_json(data: dict[str, Any]) -> Trace:

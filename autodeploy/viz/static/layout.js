@@ -1,0 +1,172 @@
+// Places all boxes: each frame is laid out in rows, inputs above readers, and is then a box in the frame around it.
+//
+// A wire is what one frame has of an edge. An edge that crosses the border of a frame enters at its top and leaves at
+// its bottom, at a stub that the frame gave it, so that lines never cross a box.
+
+const PADDING = 12;
+const TITLE = 22;
+const ISLAND_WIDTH = 900; // what nothing is connected to goes on below from here on
+const GAP_X = 16;
+const GAP_Y = 38; // room for a shape under each box
+
+// `links` are [from, to] pairs of boxes. Sets x, y, w, h of every box and frame; returns the points of each link.
+function layOut(root, links) {
+  const wired = links.filter(([from, to]) => from !== to);
+  for (const frame of descend(root)) {
+    frame.wires = new Map();
+  }
+  const spans = wired.map(([from, to]) => connect(from, to));
+  measure(root);
+  put(root, 0, 0);
+  return new Map(wired.map(([from, to], index) => [`${from.key}>${to.key}`, route(from, to, spans[index])]));
+}
+
+// Give each frame between two boxes its part of the edge; returns these frames with the keys of their wires, in order.
+function connect(from, to) {
+  const ups = framesAround(from);
+  const downs = framesAround(to);
+  let common = 0;
+  while (common + 1 < Math.min(ups.length, downs.length) && ups[common + 1] === downs[common + 1]) {
+    common += 1;
+  }
+  const signal = from.key;
+  const childOf = (frames, box, index) => frames[index + 1] ?? box;
+  const spans = [];
+  for (let index = ups.length - 1; index > common; index -= 1) {
+    spans.push(wire(ups[index], signal, childOf(ups, from, index), null));
+  }
+  spans.push(wire(ups[common], signal, childOf(ups, from, common), childOf(downs, to, common)));
+  for (let index = common + 1; index < downs.length; index += 1) {
+    spans.push(wire(downs[index], signal, null, childOf(downs, to, index)));
+  }
+  return spans;
+}
+
+function framesAround(box) {
+  const found = [];
+  for (let frame = box.parent; frame; frame = frame.parent) {
+    found.unshift(frame);
+  }
+  return found;
+}
+
+function wire(frame, signal, from, to) {
+  const key = `${signal}|${from ? from.key : "in"}|${to ? to.key : "out"}`;
+  if (!frame.wires.has(key)) {
+    frame.wires.set(key, { signal, from, to, cells: [] });
+  }
+  return { frame, wire: frame.wires.get(key) };
+}
+
+// Lay out what is in a frame, its inner frames first, with its own corner at 0, 0.
+function measure(frame) {
+  if (!frame.children) {
+    return;
+  }
+  frame.children.forEach(measure);
+  const wires = [...frame.wires.values()];
+  const connected = new Set(wires.flatMap(({ from, to }) => [from, to]));
+  const islands = frame.children.filter((child) => !connected.has(child));
+  const below = placeIslands(islands);
+  const rows = makeRows(frame.children.filter((child) => connected.has(child)), wires);
+  orderRows(rows);
+  const width = alignRows(rows);
+  const bottom = stackRows(rows, below);
+  const title = groupLabel(frame.group).length * CHAR + 120;
+  const widest = Math.max(width, ...islands.map((child) => child.dx + child.w), frame.parent ? title : 0);
+  shiftRows(rows, PADDING, TITLE + 6);
+  islands.forEach((child) => {
+    child.dx += PADDING;
+    child.dy += TITLE + 6;
+  });
+  frame.w = widest + 2 * PADDING;
+  frame.h = bottom + TITLE + 6 + PADDING;
+  frame.ins = stubs(rows[0], "in");
+  frame.outs = stubs(rows[rows.length - 1], "out");
+}
+
+// Rows of boxes without edges; returns where the rest begins.
+function placeIslands(islands) {
+  let x = 0;
+  let y = 0;
+  let height = 0;
+  for (const child of islands) {
+    if (x > 0 && x + child.w > ISLAND_WIDTH) {
+      y += height + GAP_Y;
+      x = 0;
+      height = 0;
+    }
+    child.dx = x;
+    child.dy = y;
+    x += child.w + GAP_X;
+    height = Math.max(height, child.h);
+  }
+  return islands.length ? y + height + GAP_Y : 0;
+}
+
+function stackRows(rows, top) {
+  let y = top;
+  for (const row of rows) {
+    row.y = y;
+    row.h = Math.max(0, ...row.map((cell) => (cell.item ? cell.item.h : 0)));
+    y += row.h + (row.some((cell) => cell.item) ? GAP_Y : 8);
+  }
+  return Math.max(0, y - 14);
+}
+
+function shiftRows(rows, dx, dy) {
+  for (const row of rows) {
+    row.y += dy;
+    for (const cell of row) {
+      cell.x += dx;
+      cell.top = row.y;
+      cell.bottom = row.y + row.h;
+      if (cell.item) {
+        cell.item.dx = cell.x - cell.item.w / 2;
+        cell.item.dy = row.y;
+      }
+    }
+  }
+}
+
+function stubs(row, kind) {
+  return new Map((row ?? []).filter((cell) => cell.kind === kind).map((cell) => [cell.signal, cell.x]));
+}
+
+// Make the places absolute.
+function put(item, x, y) {
+  item.x = x;
+  item.y = y;
+  for (const child of item.children ?? []) {
+    put(child, x + child.dx, y + child.dy);
+  }
+}
+
+// The points that an edge goes through; between two of them it is straight down or a curve.
+function route(from, to, spans) {
+  const points = [[from.x + from.w / 2, from.y + from.h]];
+  for (const { frame, wire } of spans) {
+    const [x, y] = [frame.x, frame.y];
+    for (const cell of wire.cells) {
+      if (cell.kind === "in") {
+        points.push([x + cell.x, y], [x + cell.x, y + cell.bottom]);
+      } else if (cell.kind === "out") {
+        points.push([x + cell.x, y + cell.top], [x + cell.x, y + frame.h]);
+      } else if (cell.kind === "lane") {
+        points.push([x + cell.x, y + cell.top], [x + cell.x, y + cell.bottom]);
+      } else {
+        const side = cell.item === wire.from ? "outs" : "ins";
+        const port = x + cell.x + portOf(cell.item, side, wire.signal);
+        points.push([port, y + (side === "outs" ? cell.bottom : cell.top)]);
+      }
+    }
+  }
+  points.push([to.x + to.w / 2, to.y]);
+  return points;
+}
+
+// Where an edge meets a box or frame, from its middle.
+function portOf(item, side, signal) {
+  const x = item[side]?.get(signal);
+  return x === undefined ? 0 : x - item.w / 2;
+}

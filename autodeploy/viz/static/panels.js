@@ -1,0 +1,152 @@
+// What surrounds the graph: the timeline, the list of changes with the story of the metadata, the legend, the search.
+
+const MAX_LINES = 400; // of the list of changes
+const MAX_FOUND = 40;
+
+function stepName(book, index) {
+  const { first, last } = book.steps[index];
+  return last - first > 1 ? "all passes" : book.stages[last].name;
+}
+
+function drawTimeline(page, list, slider) {
+  const { book } = page;
+  slider.max = book.steps.length - 1;
+  list.replaceChildren(
+    ...book.steps.map(({ last, entries }, index) => {
+      const stage = book.stages[last];
+      const failed = stage.error !== "" && stepName(book, index) === stage.name;
+      const number = new Set(entries.flatMap(([, before, after]) => [...before, ...after])).size;
+      const count = failed ? "✕ failed" : number ? `${number}` : "no change";
+      const button = html("button", "", html("span", "pass", stepName(book, index)), html("span", "count", count));
+      button.dataset.step = index;
+      button.title = index || book.steps.length === 1 ? passTitle(stage) : `${book.stages[0].name} → ${stage.name}`;
+      return html("li", `${number ? "" : "empty"} ${failed ? "failed" : ""}`, button);
+    }),
+  );
+}
+
+function passTitle(stage) {
+  const done = `${stage.matches} matches, ${(1000 * stage.seconds).toFixed(1)} ms`;
+  return [stage.options, done, stage.error].filter((part) => part).join("\n");
+}
+
+function markStep(page, list, slider) {
+  slider.value = page.step.index;
+  slider.setAttribute("aria-valuetext", stepName(page.book, page.step.index));
+  [...list.children].forEach((item, index) => {
+    item.classList.toggle("current", index === page.step.index);
+    item.firstChild.setAttribute("aria-current", index === page.step.index ? "step" : "false");
+  });
+  list.children[page.step.index].scrollIntoView({ block: "nearest", inline: "nearest" });
+}
+
+function drawChanges(page, panel) {
+  const { step } = page;
+  const { before, after } = step;
+  panel.replaceChildren(html("h2", "", stepName(page.book, step.index)));
+  panel.append(html("p", "dim", `${before.at.size} → ${after.at.size} nodes`));
+  if (step.isEmpty) {
+    panel.append(html("p", "", "Nothing changed."));
+  }
+  if (step.story) {
+    panel.append(storyOf(step.story));
+  }
+  let block = -1;
+  step.lines.slice(0, MAX_LINES).forEach((line, index) => {
+    if (line.block !== block) {
+      block = line.block;
+      const times = line.modules > 1 ? `${line.modules} × ` : "";
+      panel.append(html("h3", "block", `${times}${line.path || "(outside modules)"}`, html("span", "dim", line.which)));
+    }
+    panel.append(lineButton(page, line, index));
+  });
+  if (step.lines.length > MAX_LINES) {
+    panel.append(html("p", "dim", `and ${step.lines.length - MAX_LINES} more; n and p reach them`));
+  }
+}
+
+function lineButton(page, line, index) {
+  const { kind } = page.step.entries[line.entries[0]];
+  const times = line.count > 1 ? `${line.count} × ` : "";
+  const where = line.module ? html("span", "dim", `${line.module}  `) : "";
+  const mark = html("span", `swatch ${kind}`, page.book.glyphs[kind]);
+  const button = html("button", "change", mark, html("span", "", where, `${times}${line.text}`));
+  button.dataset.line = index;
+  return button;
+}
+
+// The nodes of the metadata that became one, who reads each field, and what a step costs.
+function storyOf(story) {
+  const box = html("details", "story", html("summary", "", `metadata: ${story.before.nodes} nodes → 1`));
+  box.open = true;
+  const fates = `${story.moved} moved, ${story.merged} merged, ${story.replaced} replaced`;
+  box.append(html("p", "dim", `${story.subgraphs} subgraphs became one node: ${fates}`));
+  const fields = story.fields.map(({ name, op, value, readers }) => {
+    const shown = name.includes(op) ? name : `${name} (${op})`;
+    const who = Object.entries(readers).map(([reader, number]) => `${number} × ${reader}`).join(", ");
+    return [shown, value, who || "(nobody)"];
+  });
+  const sides = [story.before, story.after];
+  const names = ["nodes", "launches", "copies", "bytes"];
+  const costs = names.map((name) => [name, ...sides.map((cost) => costText(cost, name))]);
+  box.append(tableOf(["field", "value", "read by"], fields), tableOf(["per step", "before", "after"], costs));
+  return box;
+}
+
+function costText(cost, name) {
+  return name === "bytes" && cost.unsized ? `${cost.bytes} + ${cost.unsized} of unknown shape` : `${cost[name]}`;
+}
+
+function tableOf(head, rows) {
+  const cells = (tag, row) => html("tr", "", ...row.map((text) => html(tag, "", `${text}`)));
+  const body = html("tbody", "", ...rows.map((row) => cells("td", row)));
+  return html("table", "", html("thead", "", cells("th", head)), body);
+}
+
+function drawLegend(page, panel) {
+  const counts = {};
+  page.step.sides.forEach((side) => (counts[side.kind] = (counts[side.kind] ?? 0) + 1));
+  panel.replaceChildren(
+    ...KINDS.map((kind) => {
+      const swatch = html("span", `swatch ${kind}`, page.book.glyphs[kind]);
+      return html("span", `key ${counts[kind] ? "" : "none"}`, swatch, `${kind} ${counts[kind] ?? 0}`);
+    }),
+    html("span", "key", html("b", "", "◂ name"), "read from far away"),
+    html("span", "key", html("b", "", NO_VALUE), "no shape known"),
+  );
+}
+
+// Places whose text contains all words of the query, those whose name begins with it first.
+function search(page, query) {
+  const words = query.toLowerCase().split(/\s+/).filter((word) => word);
+  if (words.length === 0) {
+    return [];
+  }
+  const found = page.book.places.filter((place) => words.every((word) => textOf(place).includes(word)));
+  const rank = (place) => (textOf(place).startsWith(words[0]) ? 0 : 2) + (page.step.sides[place.index] ? 0 : 1);
+  return found.sort((one, other) => rank(one) - rank(other)).slice(0, MAX_FOUND);
+}
+
+function textOf(place) {
+  const words = ({ name, target, module, moduleType, value, source, role }) => {
+    return [name, target, module, moduleType, value, source, role].join(" ");
+  };
+  place.text ??= place.versions.map(words).join(" ").toLowerCase();
+  return place.text;
+}
+
+function drawFound(page, panel, places, current) {
+  panel.hidden = places.length === 0;
+  panel.replaceChildren(
+    ...places.map((place, index) => {
+      const version = page.step.sides[place.index]?.after ?? place.versions[place.versions.length - 1];
+      const where = html("span", "dim", `${version.value} ${version.module}`);
+      const name = html("b", "", version.name);
+      const item = html("div", index === current ? "current" : "", name, ` ${version.short} `, where);
+      item.dataset.go = `p${place.index}`;
+      item.setAttribute("role", "option");
+      item.setAttribute("aria-selected", index === current);
+      return item;
+    }),
+  );
+}

@@ -1,0 +1,276 @@
+"""The page in a real browser: what a reader can see and do, by keyboard alone, from a file."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from chromium import Chromium, why_not
+from pages import IMAGE, SCRIPT, failed_trace, hostile_diff, large_diff, pipeline_trace, small_diff
+
+from autodeploy.viz.page import render_page
+
+pytestmark = pytest.mark.skipif(bool(why_not()), reason=why_not())
+
+MAX_BOXES = 150
+BOXES = ".box, .frame"
+# Where every box is, by what it shows and whether anything happened to it.
+PLACES = """Object.fromEntries([...document.querySelectorAll('.box, .frame')].map((box) => {
+  const { x, y, width, height } = box.querySelector('.border').getBBox();
+  return [box.dataset.key, [x, y, width, height]];
+}))"""
+SELECTED = "document.querySelector('.selected')?.dataset.key"
+# Milliseconds until a key has done all its work and the page is laid out again.
+TIMED = """(() => {
+  const start = performance.now();
+  document.dispatchEvent(new KeyboardEvent('keydown', { key: arguments[0], bubbles: true }));
+  document.body.getBoundingClientRect();
+  return performance.now() - start;
+})()"""
+
+
+@pytest.fixture(scope="module")
+def browser(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Chromium]:
+    with Chromium(tmp_path_factory.mktemp("profile")) as chromium:
+        yield chromium
+
+
+@pytest.fixture
+def show(browser: Chromium, tmp_path: Path) -> Iterator[Any]:
+    """Opens a trace or diff; the console must have stayed silent in the end."""
+
+    def open_page(shown: Any) -> Chromium:
+        path = tmp_path / "page.html"
+        path.write_text(render_page(shown))
+        browser.errors()
+        browser.open(path)
+        return browser
+
+    yield open_page
+    assert browser.errors() == []
+
+
+def test_loads_without_network(show) -> None:
+    page = show(pipeline_trace())
+    assert 20 < page.count(BOXES) <= MAX_BOXES
+    assert page.run("performance.getEntriesByType('resource').length") == 0
+    assert page.text("#passes .current .pass") == "all passes"
+
+
+def test_only_changed_branches_are_open(show) -> None:
+    page = show(small_diff())
+    assert page.count(".frame") == 2  # layers.0 and its attention; the other two layers are alike
+    assert page.text(".box:has(.shadow)").count("2 ") >= 1
+    page = show(pipeline_trace())
+    frames = page.run("[...document.querySelectorAll('.frame .name')].map((name) => name.firstChild.data)")
+    assert any("layers.0" in frame for frame in frames)
+    assert not any("layers.2" in frame for frame in frames)
+
+
+def test_opening_and_closing(show) -> None:
+    page = show(pipeline_trace())
+    page.press("c")
+    closed = page.count(BOXES)
+    assert page.count(".frame") == 0
+    page.press("ArrowDown", "Enter")
+    opened = page.run(SELECTED)
+    assert page.count(".frame") == 1
+    page.press("Enter")
+    assert (page.count(BOXES), page.run(SELECTED)) == (closed, opened)
+    page.click(".box[data-key^=g]")
+    assert page.count(".frame") == 1
+    page.press("e")
+    assert page.count(BOXES) > 40
+
+
+def test_search(show) -> None:
+    page = show(pipeline_trace())
+    page.press("/")
+    page.type("layers.3 sdpa_paged")
+    assert page.count("#found div") == 1
+    page.press("Enter")
+    assert "sdpa_paged_attention" in page.text("#details h2")
+    assert page.text(".selected .name").endswith("sdpa_paged_attention")
+    assert page.count(BOXES) <= MAX_BOXES
+    page.press("/", "Escape")
+    assert page.run("document.activeElement.id") != "query"
+
+
+def test_changes_by_keyboard(show) -> None:
+    page = show(small_diff())
+    page.press("n")
+    first = page.run(SELECTED)
+    assert page.count("#changes .current") == 1
+    page.press("N")
+    second = page.run(SELECTED)
+    page.press("P")
+    assert page.run(SELECTED) == first != second
+    page = show(pipeline_trace())
+    seen = set()
+    for _ in range(6):
+        page.press("n")
+        seen.add(page.run(SELECTED))
+        assert page.count(BOXES) <= MAX_BOXES
+    page.press("p")
+    assert len(seen) > 3
+    assert page.run(SELECTED) in seen
+
+
+def test_views_share_one_selection(show) -> None:
+    page = show(pipeline_trace())
+    page.press("n", "n")
+    key = page.run(SELECTED)
+    page.press("2")
+    assert page.count(".pane") == 2
+    assert page.run("[...document.querySelectorAll('.selected')].every((box) => box.dataset.key === arguments[0])", key)
+    page.press("3")
+    assert page.count(".outline") == 1
+    assert page.run(SELECTED) == key
+    page.press("ArrowDown")
+    moved = page.run(SELECTED)
+    page.press("1")
+    assert page.run(SELECTED) == moved != key
+
+
+def test_nothing_moves_along_the_timeline(show) -> None:
+    page = show(pipeline_trace())
+    number = page.count("#passes li")
+    places: dict[str, Any] = {}
+    for index in range(number):
+        found = page.run(PLACES)
+        assert found
+        assert all(places.setdefault(key, place) == place for key, place in found.items())
+        assert page.run("Number(document.querySelector('#slider').value)") == index
+        page.press("j")
+    page.press("k")
+    assert page.text("#passes .current .pass") == page.text(f"#passes li:nth-child({number - 1}) .pass")
+
+
+def test_slider_and_greyed_passes(show) -> None:
+    page = show(pipeline_trace())
+    page.run("document.querySelector('#slider').focus()")
+    page.press("ArrowRight", "ArrowRight")
+    assert page.text("#passes .current .pass") == "find_attention"
+    trace = pipeline_trace()
+    greyed = page.run("[...document.querySelectorAll('#passes .empty .pass')].map((pass) => pass.textContent)")
+    last = range(1, len(trace.stages))
+    assert greyed == [trace.stages[index].name for index in last if trace.diff(index - 1, index).is_empty]
+
+
+def test_details_tell_what_made_a_node_and_what_it_came_from(show) -> None:
+    page = show(pipeline_trace())
+    page.press("/")
+    page.type("sdpa_paged_attention layers.0")
+    page.press("Enter")
+    details = page.text("#details")
+    for part in ("call_function", "autodeploy.sdpa_paged_attention", "model.layers.0.self_attn", ".py:", "attention"):
+        assert part in details
+    assert "made byinsert_cached_attention" in details
+    assert "came from" in details
+    page.click("#details [data-step]")
+    assert page.text("#passes .current .pass") == "insert_cached_attention"
+
+
+def test_far_reaching_tensors_are_names(show) -> None:
+    page = show(pipeline_trace(num_layers=10))
+    page.press("/")
+    page.type("sdpa_paged_attention layers.0")
+    page.press("Enter")
+    names = page.run("[...document.querySelectorAll('.selected .port')].map((port) => port.textContent)")
+    assert "key_0" in names
+    page.click(".selected .port:nth-of-type(1)")
+    assert page.text("#details h2") == names[0]
+    assert "readers" in page.run("document.querySelector('.picture').textContent")
+
+
+def test_focus(show) -> None:
+    page = show(pipeline_trace())
+    page.press("/")
+    page.type("layers.1 silu")
+    page.press("Enter", "f")
+    one = page.count(".box")
+    page.press("]")
+    assert 1 < one < page.count(".box") < 40
+    page.press("[")
+    assert page.count(".box") == one
+    page.press("Escape")
+    assert page.count(".box") > one
+
+
+def colors(page: Chromium) -> list[str]:
+    script = "['body', '.box.replaced .border'].map((name) => getComputedStyle(document.querySelector(name)))"
+    return page.run(f"{script}.map((style) => style.backgroundColor + style.fill)")
+
+
+def test_themes(show, tmp_path: Path) -> None:
+    page = show(small_diff())
+    light = colors(page)
+    page.press("t")
+    dark = colors(page)
+    assert all(one != other for one, other in zip(light, dark, strict=True))
+    page.press("t")
+    assert colors(page) == light
+    path = tmp_path / "page.html"
+    with Chromium(tmp_path / "dark", dark=True) as other:
+        other.open(path)
+        assert colors(other) == dark
+
+
+def test_markup_in_names_stays_text(show) -> None:
+    page = show(hostile_diff())
+    for key in ("n", "n", "2", "3", "1", "f", "f", "?", "?"):
+        page.press(key)
+        assert page.run("globalThis.pwned") is None
+        assert page.count("main img, main script, main iframe") == 0
+    assert SCRIPT in page.run("document.querySelector('.picture').textContent") + page.text("#details")
+    assert IMAGE in page.text("#details")
+
+
+def test_what_a_policy_forbids_does_not_run(browser: Chromium, tmp_path: Path) -> None:
+    path = tmp_path / "page.html"
+    path.write_text(render_page(small_diff()).replace("</main>", f"</main>{SCRIPT.removeprefix('</script>')}"))
+    browser.open(path)
+    assert browser.run("globalThis.pwned") is None
+    assert any("Content Security Policy" in error for error in browser.errors())
+
+
+def test_failed_pass_is_the_last(show) -> None:
+    page = show(failed_trace())
+    assert "fail_halfway failed" in page.text("#alert")
+    assert f"halfway {IMAGE}" in page.text("#alert")
+    assert page.count("#timeline:not([hidden])") == 0  # one pass, one step
+    assert "- scaled_dot_product_attention" in page.run("document.querySelector('.picture').textContent")
+
+
+def test_nodes_without_values_have_a_mark(show) -> None:
+    page = show(small_diff())
+    assert page.count(".mark") == page.count(".box:not([data-key^=g])") - page.run(
+        "[...document.querySelectorAll('.box')].filter((box) => box.ariaLabel.endsWith('= output')).length"
+    )
+    page = show(large_diff(1000))
+    assert page.count(".value") > 5
+    assert page.run("document.querySelector('.picture').textContent").count("f32[2, 3]") > 3
+
+
+def test_side_by_side_shows_each_graph(show) -> None:
+    page = show(small_diff())
+    page.press("2")
+    texts = page.run("[...document.querySelectorAll('.picture')].map((picture) => picture.textContent)")
+    assert ["scaled_dot_product_attention" in text for text in texts] == [True, False]
+    assert ["softmax" in text for text in texts] == [False, True]
+
+
+def test_10_000_nodes_stay_responsive(show) -> None:
+    page = show(large_diff(10_000))
+    assert page.count(BOXES) <= MAX_BOXES
+    times = {}
+    for key in ("n", "n", "n", "N", "2", "3", "1", "f", "]", "]", "f", "c", "e", "j", "ArrowDown"):
+        times[key] = max(times.get(key, 0.0), page.run(TIMED, key))
+        assert page.count(BOXES) <= MAX_BOXES
+    print(f"\nmilliseconds for each key at 10,000 nodes: { {key: round(time) for key, time in times.items()} }")
+    assert max(times.values()) < 1000
+    page.press("/")
+    page.type("layers.997 gelu")
+    assert page.count("#found div") > 0
