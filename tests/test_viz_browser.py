@@ -16,7 +16,8 @@ pytestmark = pytest.mark.skipif(bool(why_not()), reason=why_not())
 
 MAX_BOXES = 150
 BOXES = ".box, .frame"
-# Where every box is, by what it shows and whether anything happened to it.
+SMALL = f"(pane) => pane.querySelectorAll('{BOXES}').length <= {MAX_BOXES}"
+# Where every box is.
 PLACES = """Object.fromEntries([...document.querySelectorAll('.box, .frame')].map((box) => {
   const { x, y, width, height } = box.querySelector('.border').getBBox();
   return [box.dataset.key, [x, y, width, height]];
@@ -241,7 +242,8 @@ def test_failed_pass_is_the_last(show) -> None:
     assert "fail_halfway failed" in page.text("#alert")
     assert f"halfway {IMAGE}" in page.text("#alert")
     assert page.count("#timeline:not([hidden])") == 0  # one pass, one step
-    assert "- scaled_dot_product_attention" in page.run("document.querySelector('.picture').textContent")
+    texts = page.run("[...document.querySelectorAll('.box.replaced .name')].map((name) => name.textContent)")
+    assert texts == ["± scaled_dot_product_attention", "± neg"]
 
 
 def test_nodes_without_values_have_a_mark(show) -> None:
@@ -251,7 +253,7 @@ def test_nodes_without_values_have_a_mark(show) -> None:
     )
     page = show(large_diff(1000))
     assert page.count(".value") > 5
-    assert page.run("document.querySelector('.picture').textContent").count("f32[2, 3]") > 3
+    assert page.run("document.querySelector('.picture').textContent").count("f32[2, 3]") >= 1
 
 
 def test_side_by_side_shows_each_graph(show) -> None:
@@ -268,9 +270,9 @@ def test_10_000_nodes_stay_responsive(show) -> None:
     times = {}
     for key in ("n", "n", "n", "N", "2", "3", "1", "f", "]", "]", "f", "c", "e", "j", "ArrowDown"):
         times[key] = max(times.get(key, 0.0), page.run(TIMED, key))
-        assert page.count(BOXES) <= MAX_BOXES
+        assert page.run(f"[...document.querySelectorAll('.pane')].every({SMALL})")
     print(f"\nmilliseconds for each key at 10,000 nodes: { {key: round(time) for key, time in times.items()} }")
     assert max(times.values()) < 1000
     page.press("/")
-    page.type("layers.997 gelu")
+    page.type("layers.994 gelu")
     assert page.count("#found div") > 0

@@ -42,7 +42,7 @@ def render_page(shown: Trace | GraphDiff, title: str = "") -> str:
     data = gzip.compress(json.dumps(page_data(shown), separators=(",", ":")).encode(), mtime=0)
     scripts = "\n".join((static / f"{name}.js").read_text(encoding="utf-8") for name in SCRIPTS)
     parts = {
-        "title": escape(title or "autodeploy: what the passes did"),
+        "title": escape(title or _title(shown)),
         "style": f"{_palette()}\n{(static / 'page.css').read_text(encoding='utf-8')}",
         "script": f'"use strict";\n(() => {{\n{scripts}\n}})();',
         "data": base64.b64encode(data).decode(),
@@ -61,6 +61,12 @@ def render_frame(shown: Trace | GraphDiff) -> str:
     """The page as an element of another one, such as a notebook."""
     attributes = 'sandbox="allow-scripts" width="100%" height="720" frameborder="0"'
     return f'<iframe srcdoc="{escape(render_page(shown))}" {attributes}></iframe>'
+
+
+def _title(shown: Trace | GraphDiff) -> str:
+    if isinstance(shown, GraphDiff):
+        return f"{shown.before.title or 'before'} → {shown.after.title or 'after'}"
+    return "what the passes did"
 
 
 def _hash(text: str) -> str:

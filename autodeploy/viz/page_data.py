@@ -16,6 +16,7 @@ from autodeploy.viz.arguments import Argument, format_argument
 from autodeploy.viz.diff import GraphDiff
 from autodeploy.viz.fold import GLYPHS, Block
 from autodeploy.viz.node import Node
+from autodeploy.viz.story import Story
 from autodeploy.viz.text import which
 from autodeploy.viz.trace import Stage, Trace
 from autodeploy.viz.tree import Group, build_tree, split_path
@@ -47,6 +48,7 @@ class _Step:
     first: _Moment
     last: _Moment
     diff: GraphDiff
+    story: Story | None
 
 
 def page_data(shown: Trace | GraphDiff) -> dict[str, Any]:
@@ -64,6 +66,7 @@ def page_data(shown: Trace | GraphDiff) -> dict[str, Any]:
     graphs = [_graph_data(moment, number, pool) for moment in moments]
     return {
         "schema": SCHEMA,
+        "isHistory": isinstance(shown, Trace),
         "glyphs": GLYPHS,
         "stages": graphs,
         "versions": [json.loads(text) for text in pool],
@@ -94,10 +97,15 @@ def _moments(shown: Trace | GraphDiff) -> list[_Moment]:
 def _steps(shown: Trace | GraphDiff, moments: Sequence[_Moment]) -> list[_Step]:
     """All passes as one step, then each."""
     if isinstance(shown, GraphDiff):
-        return [_Step(*moments, shown)]
+        return [_Step(moments[0], moments[1], shown, shown.story)]
     last = len(moments) - 1
-    pairs = [(0, last), *((index, index + 1) for index in range(last))] if last > 1 else [(0, last)]
-    return [_Step(moments[first], moments[last], shown.diff(first, last)) for first, last in pairs]
+    diffs = [shown.diff(index, index + 1) for index in range(last)]
+    steps = [_Step(moments[index], moments[index + 1], diff, diff.story) for index, diff in enumerate(diffs)]
+    if last == 1:
+        return steps
+    # The pass that made the metadata tells its story best: later ones take its fields apart.
+    story = next((step.story for step in steps if step.story), None)
+    return [_Step(moments[0], moments[last], shown.diff(), story), *steps]
 
 
 def _kinds(steps: Sequence[_Step]) -> dict[tuple[int, int], str]:
@@ -240,7 +248,7 @@ def _step_data(step: _Step, moments: Sequence[_Moment]) -> dict[str, Any]:
             for entry in diff.changed
         ],
         "blocks": [_block_data(block) for block in diff.blocks],
-        "story": asdict(diff.story) if diff.story else None,
+        "story": asdict(step.story) if step.story else None,
     }
 
 

@@ -104,7 +104,8 @@ function addIfRoom(book, open, group) {
 function isPutAway(book, group) {
   const family = (label) => label.replace(/\d+/g, "*");
   const first = group.parent.items.find((item) => isGroup(item) && family(item.label) === family(group.label));
-  return group.alike || first !== group || [...book.inside(group)].every((place) => place.versions[0].op === "placeholder");
+  const isInput = (place) => place.versions[0].op === "placeholder";
+  return group.alike || first !== group || [...book.inside(group)].every(isInput);
 }
 
 // Close what was opened first until `group` and all around it fit. Returns whether they do.
@@ -129,10 +130,10 @@ function makeRoom(book, open, group) {
 function placeSize(book, place) {
   const ports = place.versions.map((version) => portNames(book, version).join(", ").length + 2);
   const titles = place.versions.map((version) => titleOf(place, version).length + 2);
-  const below = place.versions.map((version) => valueText(version).length);
+  const below = place.versions.map((version) => valueText(version).length + readersText(place).length + 2);
   const letters = [
     Math.max(...titles) * CHAR + 16,
-    Math.max(...place.versions.map((version) => version.name.length)) * SMALL + 16,
+    Math.max(...place.versions.map((version) => version.name.length + 2)) * SMALL + 16,
     Math.max(...ports) * SMALL + 16,
     Math.max(...below) * SMALL + 4,
   ];
@@ -142,7 +143,7 @@ function placeSize(book, place) {
 
 function groupSize(group) {
   const label = groupLabel(group).length + 3;
-  return { w: clamp(Math.max(label * CHAR + 20, 150), 150, 280), h: 44 };
+  return { w: clamp(label * CHAR + 34, 150, 290), h: 44 };
 }
 
 // The op, with the module where that has no frame of its own: "q_proj · linear".
@@ -177,6 +178,11 @@ function farInputs(book, version) {
 function portName(place) {
   const { op, target, name } = place.versions[0];
   return op === "get_attr" ? target.split(".").slice(-2).join(".") : name;
+}
+
+// How many read what is drawn without edges.
+function readersText(place) {
+  return place.far && place.fanOut ? `  ▸ ${place.fanOut} reader${place.fanOut > 1 ? "s" : ""}` : "";
 }
 
 // Shape and dtype; a node that was never run has none.

@@ -41,6 +41,7 @@ class Book {
     data.tree.forEach(([, , , items], index) => this.nest(this.groups[index], items));
     this.births = new Map(data.births.map(([id, stage, origins]) => [id, { stage, origins }]));
     this.steps = data.steps;
+    this.isHistory = data.isHistory;
     this.edges = this.readEdges();
   }
 

@@ -27,7 +27,7 @@ class Details {
       ["module", group.path],
       ["class", type?.moduleType],
       ["alike", group.alike ? `${group.alike} modules that look the same in every step` : ""],
-      ["in this step", countsText(step, group)],
+      ["in this step", countsText(step, group, true)],
     ];
     panel.append(this.table(rows), html("p", "dim", `Enter ${open.has(group) ? "closes" : "opens"} it.`));
   }
@@ -151,6 +151,11 @@ class Details {
   // The pass that made it, what it came from, and every pass that touched it.
   drawOrigin(panel, place) {
     const { book } = this.page;
+    if (!book.isHistory) {
+      const stages = book.stages.filter((stage) => stage.at.has(place.id)).map((stage) => stage.name);
+      this.section(panel, "is in", html("p", "", stages.join(", ")));
+      return;
+    }
     const birth = book.births.get(place.id);
     const stage = book.stages[birth ? birth.stage : 0];
     const origins = birth ? this.nodeLinks(birth.origins) : [];

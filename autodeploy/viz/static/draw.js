@@ -34,8 +34,8 @@ class Picture {
     const items = [...descend(root)].filter((item) => item !== root && this.isShown(item));
     items.filter((item) => item.children).forEach((frame) => this.drawFrame(picture, frame));
     this.drawLinks(picture);
-    items.filter((item) => !item.children).forEach((box) => this.drawBox(picture, box));
     this.drawFates(picture);
+    items.filter((item) => !item.children).forEach((box) => this.drawBox(picture, box));
     return picture;
   }
 
@@ -67,14 +67,16 @@ class Picture {
 
   drawFrame(picture, frame) {
     const { group } = frame;
-    const kind = this.step.kindOf(group);
-    const summary = countsText(this.step, group);
+    const { kinds } = this.step.counts[group.index];
+    const kind = Object.keys(kinds).length === 1 ? this.step.kindOf(group) : "unchanged";
+    const summary = countsText(this.step, group, true);
     const label = `${groupLabel(group)} ${group.alike ? `(${group.alike} alike)` : ""}`;
     const element = this.group(picture, frame, kind, `${group.path}, open. ${summary}`);
     svg(element, "rect", { class: "border", x: frame.x, y: frame.y, width: frame.w, height: frame.h, rx: 7 });
     svg(element, "rect", { class: "bar", x: frame.x, y: frame.y, width: frame.w, height: TITLE, rx: 7 });
     const text = svg(element, "text", { class: "name", x: frame.x + 9, y: frame.y + 15 }, `▾ ${label}`);
-    svg(text, "tspan", { class: "dim", dx: 10 }, summary);
+    const room = Math.floor((frame.w - label.length * CHAR - 46) / SMALL);
+    svg(text, "tspan", { class: "dim", dx: 10 }, shorten(summary, Math.max(room, 1)));
   }
 
   drawBox(picture, box) {
@@ -132,15 +134,14 @@ class Picture {
     }
     const room = Math.floor((box.w - 14) / CHAR) - (glyph ? 2 : 0);
     svg(element, "text", { class: "name", x: box.x + 8, y }, `${glyph ? `${glyph} ` : ""}${shorten(title, room)}`);
-    const name = shorten(version.name, Math.floor((box.w - 14) / SMALL));
+    const name = shorten(version.name, Math.floor((box.w - 14) / SMALL) - (version.value ? 0 : 2));
     svg(element, "text", { class: "dim", x: box.x + 8, y: y + 15 }, name);
     if (!version.value && version.op !== "output") {
       const mark = svg(element, "text", { class: "mark end", x: box.x + box.w - 6, y: y + 15 }, NO_VALUE);
       svg(mark, "title", {}, "no shape or dtype is known of this node");
     }
     const differs = side.before && side.after && side.before.value !== side.after.value;
-    const readers = place.far && place.fanOut ? ` ▸ ${place.fanOut} readers` : "";
-    this.drawValue(element, box, `${valueText(version)}${readers}`, differs);
+    this.drawValue(element, box, `${valueText(version)}${readersText(place)}`.trim(), differs);
   }
 
   drawValue(element, box, text, differs) {
@@ -212,9 +213,10 @@ function relatives(step, place) {
   return [...found, ...step.book.places.filter(twin)].filter((other) => other && other.group);
 }
 
-// "42 nodes  ~3 +1"
-function countsText(step, group) {
+// "42 nodes  ~3 +1", or "42 nodes, 3 changed, 1 added"
+function countsText(step, group, inWords = false) {
   const { kinds, total } = step.counts[group.index];
-  const changed = KINDS.slice(1).filter((kind) => kinds[kind]).map((kind) => `${step.book.glyphs[kind]}${kinds[kind]}`);
-  return [`${total} node${total === 1 ? "" : "s"}`, ...changed].join("  ");
+  const wordOf = (kind) => (inWords ? `${kinds[kind]} ${kind}` : `${step.book.glyphs[kind]}${kinds[kind]}`);
+  const changed = KINDS.slice(1).filter((kind) => kinds[kind]).map(wordOf);
+  return [`${total} node${total === 1 ? "" : "s"}`, ...changed].join(inWords ? ", " : "  ");
 }

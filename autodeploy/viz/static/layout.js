@@ -5,7 +5,8 @@
 
 const PADDING = 12;
 const TITLE = 22;
-const ISLAND_WIDTH = 900; // what nothing is connected to goes on below from here on
+const ISLAND_WIDTH = 900; // what nothing is connected to goes on below from here on,
+const SIDE_WIDTH = 240; // or from here on where it is beside what edges lead to
 const GAP_X = 16;
 const GAP_Y = 38; // room for a shape under each box
 
@@ -67,14 +68,17 @@ function measure(frame) {
   const wires = [...frame.wires.values()];
   const connected = new Set(wires.flatMap(({ from, to }) => [from, to]));
   const islands = frame.children.filter((child) => !connected.has(child));
-  const below = placeIslands(islands);
+  // No box may be on the way of an edge that enters or leaves.
+  const isPassed = wires.some(({ from, to }) => !from || !to);
+  const block = placeIslands(islands, isPassed ? SIDE_WIDTH : ISLAND_WIDTH);
   const rows = makeRows(frame.children.filter((child) => connected.has(child)), wires);
   orderRows(rows);
   const width = alignRows(rows);
-  const bottom = stackRows(rows, below);
+  const bottom = Math.max(stackRows(rows, isPassed ? 0 : block.h), block.h - 14);
   const title = groupLabel(frame.group).length * CHAR + 120;
-  const widest = Math.max(width, ...islands.map((child) => child.dx + child.w), frame.parent ? title : 0);
-  shiftRows(rows, PADDING, TITLE + 6);
+  const left = isPassed ? block.w : 0;
+  const widest = Math.max(left + width, block.w, frame.parent ? title : 0);
+  shiftRows(rows, left + PADDING, TITLE + 6);
   islands.forEach((child) => {
     child.dx += PADDING;
     child.dy += TITLE + 6;
@@ -85,13 +89,13 @@ function measure(frame) {
   frame.outs = stubs(rows[rows.length - 1], "out");
 }
 
-// Rows of boxes without edges; returns where the rest begins.
-function placeIslands(islands) {
+// Rows of boxes without edges; returns the size of the block, with the gaps to what follows.
+function placeIslands(islands, maxWidth) {
   let x = 0;
   let y = 0;
   let height = 0;
   for (const child of islands) {
-    if (x > 0 && x + child.w > ISLAND_WIDTH) {
+    if (x > 0 && x + child.w > maxWidth) {
       y += height + GAP_Y;
       x = 0;
       height = 0;
@@ -101,7 +105,8 @@ function placeIslands(islands) {
     x += child.w + GAP_X;
     height = Math.max(height, child.h);
   }
-  return islands.length ? y + height + GAP_Y : 0;
+  const width = Math.max(...islands.map((child) => child.dx + child.w + GAP_X), 0);
+  return { w: width, h: islands.length ? y + height + GAP_Y : 0 };
 }
 
 function stackRows(rows, top) {

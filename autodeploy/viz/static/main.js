@@ -23,7 +23,7 @@ class Page {
     byId("timeline").hidden = this.book.steps.length < 2;
     drawHelp(byId("help"));
     this.arrange();
-    this.zoom = clamp(this.fitting(), 0.6, 1);
+    this.zoom = clamp(this.fitting(), 0.8, 1);
     this.goTo(0);
   }
 
@@ -38,8 +38,9 @@ class Page {
 
   // Draw everything anew where it is.
   draw() {
-    const places = [...this.panes.children].map(({ scrollLeft, scrollTop }) => [scrollLeft, scrollTop]);
-    this.panes.className = `panes ${this.view}`;
+    const isSame = this.panes.classList.contains(this.view === "text" ? "lines" : "drawn");
+    const places = isSame ? [...this.panes.children].map(({ scrollLeft, scrollTop }) => [scrollLeft, scrollTop]) : [];
+    this.panes.className = `panes ${this.view === "text" ? "lines" : "drawn"}`;
     this.panes.replaceChildren(...this.drawPanes());
     [...this.panes.children].forEach((pane, index) => {
       [pane.scrollLeft, pane.scrollTop] = places[index] ?? places[0] ?? [0, 0];
@@ -123,15 +124,14 @@ class Page {
 
   // Open what is around a place or group.
   reveal(thing) {
-    if (this.focus && !this.scene.itemOf(thing)) {
-      this.focus = null;
-    }
+    const isHidden = this.focus && !this.scene.itemOf(thing);
     const around = this.book.around(thing);
-    if (!this.focus && around.some((group) => !this.open.has(group))) {
+    if (around.length && (isHidden || (!this.focus && around.some((group) => !this.open.has(group))))) {
+      this.focus = null;
       around.forEach((group) => this.open.add(group));
       makeRoom(this.book, this.open, around[around.length - 1]);
+      this.arrange();
     }
-    this.arrange();
   }
 
   scrollTo(thing, toMiddle) {

@@ -31,10 +31,10 @@ function neighbours(book) {
   return book.near;
 }
 
-// A place that shows an entry, one with a box if there is any.
+// A place that shows an entry, one with a box if there is any: the result of a group is its last node.
 function placeOfEntry(step, index) {
   const { before, after, kind } = step.entries[index];
-  const ids = kind === "merged" ? [...before, ...after] : [...after, ...before];
+  const ids = kind === "merged" ? [...before, ...after] : [...before, ...after].reverse();
   const places = ids.map((id) => step.placeOf(id)).filter((place) => place);
   return places.find((place) => place.group) ?? places[0];
 }

@@ -13,6 +13,9 @@ function html(tag, className, ...content) {
 
 // `name = target(x, size=[1, 2])` as it is in one graph.
 function callText(version, stage) {
+  if (version.op === "placeholder" || version.op === "get_attr") {
+    return `${version.name} = ${version.op} ${version.target}`;
+  }
   const parts = version.args.map(([name, pieces]) => {
     const text = argumentText(pieces, stage);
     return isPlain(name, pieces) ? text : `${name}=${text}`;
@@ -109,7 +112,7 @@ class Outline {
     const alike = group.alike ? `  (${group.alike} alike)` : "";
     const label = `${item.children ? "▾" : "▸"} ${groupLabel(group)}${alike}`;
     const row = this.row(`module ${kind}`, depth, this.step.book.glyphs[kind], label);
-    row.append(html("span", "dim", countsText(this.step, group)));
+    row.append(html("span", "dim", countsText(this.step, group, true)));
     row.setAttribute("aria-expanded", Boolean(item.children));
     return row;
   }

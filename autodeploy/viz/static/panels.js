@@ -16,7 +16,7 @@ function drawTimeline(page, list, slider) {
       const stage = book.stages[last];
       const failed = stage.error !== "" && stepName(book, index) === stage.name;
       const number = new Set(entries.flatMap(([, before, after]) => [...before, ...after])).size;
-      const count = failed ? "✕ failed" : number ? `${number}` : "no change";
+      const count = failed ? "✕ failed" : number ? `${number} nodes` : "no change";
       const button = html("button", "", html("span", "pass", stepName(book, index)), html("span", "count", count));
       button.dataset.step = index;
       button.title = index || book.steps.length === 1 ? passTitle(stage) : `${book.stages[0].name} → ${stage.name}`;
@@ -56,7 +56,8 @@ function drawChanges(page, panel) {
     if (line.block !== block) {
       block = line.block;
       const times = line.modules > 1 ? `${line.modules} × ` : "";
-      panel.append(html("h3", "block", `${times}${line.path || "(outside modules)"}`, html("span", "dim", line.which)));
+      const which = html("span", "dim", shorten(line.which, 80));
+      panel.append(html("h3", "block", `${times}${line.path || "(outside modules)"}`, which));
     }
     panel.append(lineButton(page, line, index));
   });
@@ -70,7 +71,9 @@ function lineButton(page, line, index) {
   const times = line.count > 1 ? `${line.count} × ` : "";
   const where = line.module ? html("span", "dim", `${line.module}  `) : "";
   const mark = html("span", `swatch ${kind}`, page.book.glyphs[kind]);
-  const button = html("button", "change", mark, html("span", "", where, `${times}${line.text}`));
+  const glyph = `${page.book.glyphs[kind]} `;
+  const text = line.text.startsWith(glyph) ? line.text.slice(glyph.length) : line.text;
+  const button = html("button", "change", mark, html("span", "", where, `${times}${text}`));
   button.dataset.line = index;
   return button;
 }
@@ -84,12 +87,12 @@ function storyOf(story) {
   const fields = story.fields.map(({ name, op, value, readers }) => {
     const shown = name.includes(op) ? name : `${name} (${op})`;
     const who = Object.entries(readers).map(([reader, number]) => `${number} × ${reader}`).join(", ");
-    return [shown, value, who || "(nobody)"];
+    return [html("span", "", html("b", "", shown), " ", html("span", "dim", value)), who || "(nobody)"];
   });
   const sides = [story.before, story.after];
   const names = ["nodes", "launches", "copies", "bytes"];
   const costs = names.map((name) => [name, ...sides.map((cost) => costText(cost, name))]);
-  box.append(tableOf(["field", "value", "read by"], fields), tableOf(["per step", "before", "after"], costs));
+  box.append(tableOf(["field", "read by"], fields), tableOf(["per step", "before", "after"], costs));
   return box;
 }
 
@@ -98,7 +101,7 @@ function costText(cost, name) {
 }
 
 function tableOf(head, rows) {
-  const cells = (tag, row) => html("tr", "", ...row.map((text) => html(tag, "", `${text}`)));
+  const cells = (tag, row) => html("tr", "", ...row.map((content) => html(tag, "", content)));
   const body = html("tbody", "", ...rows.map((row) => cells("td", row)));
   return html("table", "", html("thead", "", cells("th", head)), body);
 }
@@ -116,14 +119,16 @@ function drawLegend(page, panel) {
   );
 }
 
-// Places whose text contains all words of the query, those whose name begins with it first.
+// Places whose text contains all words of the query, those whose name or op contains the first before others.
 function search(page, query) {
   const words = query.toLowerCase().split(/\s+/).filter((word) => word);
   if (words.length === 0) {
     return [];
   }
   const found = page.book.places.filter((place) => words.every((word) => textOf(place).includes(word)));
-  const rank = (place) => (textOf(place).startsWith(words[0]) ? 0 : 2) + (page.step.sides[place.index] ? 0 : 1);
+  const has = ({ name, target }) => `${name} ${target}`.toLowerCase().includes(words[0]);
+  const named = (place) => place.versions.some(has);
+  const rank = (place) => (named(place) ? 0 : 2) + (page.step.sides[place.index] ? 0 : 1);
   return found.sort((one, other) => rank(one) - rank(other)).slice(0, MAX_FOUND);
 }
 
