@@ -16,7 +16,7 @@ from viz_graphs import attention_layer, cached_layer, layers
 
 import autodeploy as ad
 from autodeploy.cli import main
-from autodeploy.errors import OptionError
+from autodeploy.errors import OptionError, PassError
 from autodeploy.viz import GraphDiff, Trace
 from autodeploy.viz.page import SCRIPTS, render_page
 from autodeploy.viz.page_data import page_data
@@ -121,6 +121,29 @@ def test_apply_keeps_its_history() -> None:
     diff = ad.diff(gm, result.module)
     assert isinstance(diff, GraphDiff)
     assert not diff.is_empty
+
+
+def test_a_pass_that_raises_leaves_its_history(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of `apply` with a recorder, and of the command line."""
+    from tiny_models import tiny
+
+    from autodeploy import backend, models
+
+    def fail(self: object, gm: object) -> int:
+        raise RuntimeError("no more")
+
+    gm = ad.trace(tiny("llama"))
+    steps = backend.resolve_passes(["canonicalize", "find_attention"])
+    monkeypatch.setattr(type(steps[1]), "apply", fail)
+    recorder = ad.Recorder()
+    with pytest.raises(PassError, match="no more"):
+        ad.apply(gm, recorder=recorder)
+    assert [bool(stage.error) for stage in recorder.trace().stages] == [False, False, True]
+    monkeypatch.setattr(models, "resolve_model", lambda name: name)
+    monkeypatch.setattr(models, "load_model", lambda name, dtype: (tiny("llama"), None))
+    page = tmp_path / "page.html"
+    assert main(["apply", "tiny", "--html", str(page)]) == 2
+    assert "no more" in data_of(page.read_text())["stages"][-1]["error"]
 
 
 def luminance(color: str) -> float:
