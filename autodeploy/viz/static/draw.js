@@ -206,10 +206,11 @@ class Picture {
 
 // The places that a node became or came from in a step.
 function relatives(step, place) {
-  const entries = [step.was.get(place.id), step.is.get(place.id), step.twins.get(place.id)].filter((entry) => entry);
-  const ids = entries.flatMap((entry) => [...entry.before, ...entry.after]);
-  const found = new Set(ids.filter((id) => id !== place.id).map((id) => step.placeOf(id)));
-  const twin = (other) => other.id === place.id && other !== place && step.sides[other.index];
+  const { id } = place;
+  const sides = [step.was.get(id)?.after, step.is.get(id)?.before, step.twins.get(id)?.before];
+  const ids = sides.flatMap((side) => side ?? []);
+  const found = new Set(ids.filter((other) => other !== id).map((other) => step.placeOf(other)));
+  const twin = (other) => other.id === id && other !== place && step.sides[other.index];
   return [...found, ...step.book.places.filter(twin)].filter((other) => other && other.group);
 }
 

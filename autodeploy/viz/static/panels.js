@@ -11,6 +11,7 @@ function stepName(book, index) {
 function drawTimeline(page, list, slider) {
   const { book } = page;
   slider.max = book.steps.length - 1;
+  slider.style.width = `calc(100% - 100% / ${book.steps.length} + 16px)`; // its knob below the middle of each pass
   list.replaceChildren(
     ...book.steps.map(({ last, entries }, index) => {
       const stage = book.stages[last];
