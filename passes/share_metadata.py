@@ -18,11 +18,13 @@ from dataclasses import dataclass
 from torch import fx
 
 from autodeploy.dependence import KEPT, Split, split
+from autodeploy.effects import HOST, UNBACKED
 from autodeploy.equality import merge_equal, merge_equal_numbers
 from autodeploy.graph import near_miss, prepare_nodes
 from autodeploy.memory import TOO_LARGE, too_large_to_share
 from autodeploy.metadata.equal_forms import rewrite_equal_forms
 from autodeploy.outline import hoist_scalars, inline, outline
+from autodeploy.spelling import spelled
 
 
 @dataclass(frozen=True)
@@ -47,7 +49,7 @@ class ShareMetadata:
                 unique = _merge(gm, split(gm))
             outline(gm, unique)
         for node, reason in parts.refused.items():
-            near_miss(gm, node, reason)
+            near_miss(gm, node, f"{spelled(node)} {reason}")
         return moved or merged
 
 
@@ -72,5 +74,10 @@ def _share_numbers(gm: fx.GraphModule, parts: Split) -> int:
 
 def _merge(gm: fx.GraphModule, parts: Split) -> Split:
     """Merge what is equal in the layout-only part; returns what is left of it."""
-    ops = ("call_function", "call_method", "get_attr")
-    return parts.without(merge_equal(gm.graph, [n for n in gm.graph.nodes if n in parts.known and n.op in ops]))
+    return parts.without(merge_equal(gm.graph, [node for node in gm.graph.nodes if _can_merge(node, parts)]))
+
+
+def _can_merge(node: fx.Node, parts: Split) -> bool:
+    # Where two ops make up a size of one tensor, tracing them again gives both the same symbol, which Inductor refuses.
+    makes_size = any(parts.refused.get(user) in (UNBACKED, HOST) for user in node.users)
+    return node in parts.known and not makes_size and node.op in ("call_function", "call_method", "get_attr")
