@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from torch import fx
 
-from autodeploy.attention_forms.evaluate import known_nodes
+from autodeploy.attention_forms.evaluate import Knowledge, learn
 from autodeploy.attention_forms.rewrite import record_values
 from autodeploy.graph import get_attribute, record
 
@@ -102,8 +102,10 @@ def write_out(gm: fx.GraphModule, node: fx.Node) -> WrittenOut:
     return WrittenOut(node, output, softmax, tuple(nodes))
 
 
-def known_nodes_around(gm: fx.GraphModule) -> set[fx.Node]:
-    """`known_nodes` of what is left without flex_attention and its block lists, whose ops all look like writes."""
+def learn_without_flex(gm: fx.GraphModule) -> Knowledge:
+    """What can be told of `gm` when flex_attention and its block lists are gone, whose ops all look like writes."""
+    if not gm.graph.find_nodes(op="call_function", target=FLEX):
+        return learn(gm)
     copies: dict[fx.Node, fx.Node] = {}
     graph = fx.Graph()
     graph.output(graph.graph_copy(gm.graph, copies))
@@ -113,8 +115,9 @@ def known_nodes_around(gm: fx.GraphModule) -> set[fx.Node]:
         node.replace_all_uses_with(inputs[0])  # no more known than its result
         graph.erase_node(node)
         erase_unused(inputs)
-    known = known_nodes(copy)
-    return {original for original, node in copies.items() if node in known}
+    learned = learn(copy)
+    known, written = ({original for original, node in copies.items() if node in nodes} for nodes in learned)
+    return Knowledge(known, written)
 
 
 def _scores(query: Any, key: Any, scale: float, group_size: int, device: torch.device) -> tuple[Any, tuple[Any, ...]]:
