@@ -77,6 +77,16 @@ def query_written_in_place(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     return scores.softmax(-1) @ repeat(v) + q
 
 
+def scores_written_in_place(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    scores = q @ repeat(k).mT
+    scores.masked_fill_(~causal(q.shape[2]), LOWEST)
+    return scores.softmax(-1) @ repeat(v)
+
+
+def einsum(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    return torch.einsum("bhij,bhjd->bhid", (q @ repeat(k).mT).softmax(-1), repeat(v))
+
+
 def far_window(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     mask = causal(q.shape[2], 100_000)
     return F.scaled_dot_product_attention(q, repeat(k), repeat(v), attn_mask=mask)
@@ -99,6 +109,8 @@ def far_window(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         (sink_of_each_token, "has a further logit that is not one number per head"),
         (not_a_product, "weighs values by something other than queries times keys"),
         (query_written_in_place, "reads what is written to in place"),
+        (scores_written_in_place, "reads what is written to in place"),
+        (einsum, "weighs values with an einsum"),
         (far_window, "has a mask with the number 100000, too far away to ask"),
     ],
     ids=lambda value: getattr(value, "__name__", ""),

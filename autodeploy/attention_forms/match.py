@@ -14,6 +14,7 @@ from autodeploy.attention_forms.asked import Masks, Seen, Sizes
 from autodeploy.attention_forms.evaluate import Knowledge, Refused, cone, constants
 from autodeploy.attention_forms.found import Attention
 from autodeploy.attention_forms.heads import Operand, num_heads, peel
+from autodeploy.attention_forms.in_place import is_overtaken
 from autodeploy.attention_forms.scores import HIDDEN, ScoreReader, Scores, Term, drops_nothing, is_cast, keeps_rows
 
 aten = torch.ops.aten
@@ -107,7 +108,7 @@ class Matcher:
             seen=seen,
             words=tuple(dict.fromkeys(words)),
         )
-        if any(node in self._written for node in found.inputs):
+        if is_overtaken(output, {node for node in found.inputs if node is not None}, self._written):
             raise Refused("reads what is written to in place")
         return found
 
@@ -121,16 +122,26 @@ class Matcher:
 
     def _read_terms(self, scores: Scores, hides_rows: bool) -> tuple[Seen, list[Term]]:
         """What the masks show in words, and the terms that there are no words for."""
-        masks = [term for term in scores.terms if self._masks.is_mask(term)]
-        bias = [term for term in scores.terms if term not in masks]
+        terms = [summand for term in scores.terms for summand in self._summands(term)]
+        masks = [term for term in terms if self._masks.is_mask(term)]
+        bias = [term for term in terms if term not in masks]
         seen = self._masks.read(masks, scores.causal)
         if hides_rows:
-            for term in bias if seen else scores.terms:
+            for term in bias if seen else terms:
                 self._check_rows(term)
         # Where a bias hides all that a mask shows, the rest must be as low as it was, which a mask in words is not.
         if seen is None or (masks and any(self._may_hide(term) for term in bias)):
-            return Seen(scores.causal), list(scores.terms)
+            return Seen(scores.causal), terms
         return seen, bias
+
+    def _summands(self, term: Term) -> list[Term]:
+        """`term` in parts, where a mask and a bias were added to each other first."""
+        node = term.node
+        is_sum = term.role == "add" and node.target is aten.add.Tensor and not node.kwargs
+        parts = [arg for arg in node.args if isinstance(arg, fx.Node)] if is_sum else []
+        if len(parts) != 2 or (parts[0] in self._known) == (parts[1] in self._known):
+            return [term]
+        return [summand for part in parts for summand in self._summands(replace(term, node=part))]
 
     def _check_rows(self, term: Term) -> None:
         """Refuse a bias that may hide everything from some query, for which SDPA gives zeros."""
@@ -171,6 +182,8 @@ def _line_of_users(node: fx.Node) -> list[fx.Node]:
         user = waiting.pop()
         if user.target in _PRODUCTS and user.args[0] in (node, *line):
             return [*line, user]
+        if user.target is aten.einsum.default and node.meta["val"].dim() > 3:
+            raise Refused("weighs values with an einsum")
         if user.target in _PASSED or is_cast(user) or keeps_rows(user) or drops_nothing(user) or _cuts_last(user):
             line.append(user)
             waiting += user.users
