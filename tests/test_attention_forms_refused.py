@@ -109,7 +109,7 @@ def far_window(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         (sink_of_each_token, "has a further logit that is not one number per head"),
         (not_a_product, "weighs values by something other than queries times keys"),
         (query_written_in_place, "reads what is written to in place"),
-        (scores_written_in_place, "reads what is written to in place"),
+        (scores_written_in_place, "weighs values by something other than queries times keys"),
         (einsum, "weighs values with an einsum"),
         (far_window, "has a mask with the number 100000, too far away to ask"),
     ],
