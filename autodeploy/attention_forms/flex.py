@@ -62,13 +62,22 @@ def erase_unused(nodes: Iterable[fx.Node]) -> None:
         node.graph.erase_node(node)
 
 
+def erase_idle_lists(gm: fx.GraphModule) -> None:
+    """Take away block lists that a model made and no flex_attention reads: they end in writes to tensors of their own."""
+    erase_unused([node for node in gm.graph.nodes if _writes(node)])
+
+
 def _writes_elsewhere(node: fx.Node) -> bool:
     """Whether `node` writes to something that others may see."""
-    if not isinstance(node.target, torch._ops.OpOverload) or not node.target._schema.is_mutable:
+    if not _writes(node):
         return False
     written = node.all_input_nodes[0]
     is_seen = any(user is not node and set(user.users) != {node} for user in written.users)
     return is_seen or written.target not in _FRESH
+
+
+def _writes(node: fx.Node) -> bool:
+    return isinstance(node.target, torch._ops.OpOverload) and node.target._schema.is_mutable
 
 
 def why_not(gm: fx.GraphModule, node: fx.Node) -> str | None:
