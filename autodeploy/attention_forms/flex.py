@@ -21,12 +21,14 @@ from torch import fx
 
 from autodeploy.attention_forms.evaluate import Knowledge, learn
 from autodeploy.attention_forms.rewrite import record_values
+from autodeploy.effects import is_pure
 from autodeploy.graph import get_attribute, record
 
 aten = torch.ops.aten
 FLEX = torch.ops.higher_order.flex_attention
 _FLAT_APPLY = torch.ops.higher_order.flat_apply
 _FRESH = (aten.new_zeros.default, aten.zeros.default, aten.new_ones.default, aten.ones.default)
+_VMAP = "torch._functorch.predispatch"
 _MOD_INDEX = "torch._dynamo._trace_wrapped_higher_order_op.ModIndex"
 
 
@@ -63,8 +65,9 @@ def erase_unused(nodes: Iterable[fx.Node]) -> None:
 
 
 def erase_idle_lists(gm: fx.GraphModule) -> None:
-    """Take away block lists that a model made and no flex_attention reads: they end in writes to tensors of their own."""
-    erase_unused([node for node in gm.graph.nodes if _writes(node)])
+    """Take away block lists that no flex_attention reads; no dead code elimination knows vmap's functions."""
+    ends = [node for node in gm.graph.nodes if getattr(node.target, "__module__", None) == _VMAP or is_pure(node)]
+    erase_unused([node for node in ends if node.op == "call_function"])
 
 
 def _writes_elsewhere(node: fx.Node) -> bool:
