@@ -59,7 +59,7 @@ def split(gm: fx.GraphModule) -> Split:
         if not is_source and node not in scalars:
             reason = node.meta.get(KEPT) or _why_not(node, autocast_depth) or reason
         if reason is not None:
-            if node.users and (depends or is_layout or node.op == "get_attr" or reason == RANDOM):
+            if node.users and (depends or node.op in ("placeholder", "get_attr") or reason == RANDOM):
                 result.refused[node] = reason
             continue
         result.known.add(node)

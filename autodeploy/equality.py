@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from functools import cache
 from typing import Any, NamedTuple
@@ -18,7 +18,6 @@ from autodeploy.spelling import attribute, overloads, recorded_value
 
 # Larger constants are the same only where they are the same tensor: comparing costs a copy to the host.
 _MAX_COMPARED_BYTES = 1 << 16
-_SameAs = Mapping[fx.Node, fx.Node]
 _SYMBOLIC = (torch.SymInt, torch.SymFloat, torch.SymBool)
 
 
@@ -31,7 +30,7 @@ def merge_equal(graph: fx.Graph, candidates: Iterable[fx.Node]) -> set[fx.Node]:
     seen: dict[Any, fx.Node] = {}
     merged: set[fx.Node] = set()
     for node in candidates:
-        first = seen.setdefault(value_key(node, {}), node)
+        first = seen.setdefault(value_key(node), node)
         if first is node or not _can_be_one(node, first, given_away):
             continue
         if node in given_away:
@@ -67,50 +66,38 @@ def merge_equal_numbers(scalars: Iterable[fx.Node]) -> int:
     return merged
 
 
-def repeated(nodes: Iterable[fx.Node]) -> dict[fx.Node, fx.Node]:
-    """For each of `nodes` (in graph order, pure) that `merge_equal` would replace if no caller saw it, by which."""
-    seen: dict[Any, fx.Node] = {}
-    same_as: dict[fx.Node, fx.Node] = {}
-    for node in nodes:
-        first = seen.setdefault(value_key(node, same_as), node)
-        if first is not node:
-            same_as[node] = first
-    return same_as
-
-
-def value_key(node: fx.Node, same_as: _SameAs) -> Any:
+def value_key(node: fx.Node) -> Any:
     """What makes two pure nodes compute the same: hashable, types of literals included (1, 1.0 and True differ).
 
-    Arguments count alike by position, by name and by default; constants count by their bits. A node that `same_as`
-    maps to another counts as that.
+    Arguments count alike by position, by name and by default; constants count by their bits.
     """
     if node.op == "get_attr":
         return ("get_attr", _constant_key(attribute(node)))
     special = _SPECIAL.get(node.target)
-    if special is not None and (key := special(node, same_as)) is not None:
+    if special is not None and (key := special(node)) is not None:
         return key
     signature = _signature(node.op, node.target)
     args, kwargs = node.args, node.kwargs
     if signature is None or len(args) > len(signature.names) or not kwargs.keys() <= signature.known:
-        return (node.op, node.target, _freeze(args, same_as), _freeze(kwargs, same_as), _brackets(node))
-    given = [_freeze(arg, same_as) for arg in args]
+        return (node.op, node.target, _freeze(args), _freeze(kwargs), _brackets(node))
+    given = [_freeze(arg) for arg in args]
     rest = signature.names[len(args) :]
-    given += [_freeze(kwargs[name], same_as) if name in kwargs else default for name, default in rest]
+    given += [_freeze(kwargs[name]) if name in kwargs else default for name, default in rest]
     return (node.op, node.target, *given)
 
 
-def _freeze(value: Any, same_as: _SameAs) -> Any:
+def _freeze(value: Any) -> Any:
     kind = type(value)
     if kind is fx.Node:
-        return same_as.get(value, value)
+        return value
     if kind is float:
         return (float, value.hex())
     if isinstance(value, dict):
-        return (dict, *((name, _freeze(value[name], same_as)) for name in sorted(value)))
+        return (dict, *((name, _freeze(value[name])) for name in sorted(value)))
     if isinstance(value, (list, tuple)):
-        return tuple([_freeze(item, same_as) for item in value])
+        return tuple([_freeze(item) for item in value])
     if isinstance(value, slice):
-        return (slice, _freeze((value.start, value.stop, value.step), same_as))
+        return (slice, _freeze((value.start, value.stop, value.step)))
     return (kind, value)
 
 
@@ -134,7 +121,7 @@ def _signature(op: str, target: Any) -> _Signature | None:
     schemas = [overload._schema.arguments for overload in overloads(op, target)]
     if not schemas:
         return None
-    by_overload = {tuple((arg.name, _freeze(_default(arg), {})) for arg in schema) for schema in schemas}
+    by_overload = {tuple((arg.name, _freeze(_default(arg))) for arg in schema) for schema in schemas}
     if len(by_overload) > 1:
         return None
     names = by_overload.pop()
@@ -160,15 +147,14 @@ def _constant_key(value: Any) -> Any:
 
 def _graph_key(gm: fx.GraphModule) -> Any:
     """The graph with nodes named by their places."""
-    places: dict[Any, Any] = {}
+    places: dict[fx.Node, Any] = {}
     keys = []
     for index, node in enumerate(gm.graph.nodes):
-        places[node] = _Place(index)
         target = None if node.op == "placeholder" else node.target
-        value = _constant_key(attribute(node)) if node.op == "get_attr" else None
-        keys.append(
-            (node.op, target if value is None else value, _freeze(node.args, places), _freeze(node.kwargs, places))
-        )
+        value = _constant_key(attribute(node)) if node.op == "get_attr" else target
+        arguments: Any = fx.map_arg((node.args, node.kwargs), places.__getitem__)
+        keys.append((node.op, value, _freeze(arguments)))
+        places[node] = _Place(index)
     return tuple(keys)
 
 
@@ -179,16 +165,16 @@ class _Place:
     index: int
 
 
-def _range_key(node: fx.Node, same_as: _SameAs) -> Any:
+def _range_key(node: fx.Node) -> Any:
     """arange, however its start, step, dtype and device are given."""
     value = recorded_value(node)
     if not isinstance(value, torch.Tensor) or not 1 <= len(node.args) <= 3:
         return None
     start, end, step = (0, *node.args, 1) if len(node.args) == 1 else (*node.args, 1)[:3]
-    return ("arange", _freeze(start, same_as), _freeze(end, same_as), _freeze(step, same_as), value.dtype, value.device)
+    return ("arange", _freeze(start), _freeze(end), _freeze(step), value.dtype, value.device)
 
 
-def _fill_key(node: fx.Node, same_as: _SameAs) -> Any:
+def _fill_key(node: fx.Node) -> Any:
     """full, zeros and ones of the same size, value, dtype and device."""
     value = recorded_value(node)
     plain = {"dtype", "device", "pin_memory", "layout"}
@@ -202,10 +188,10 @@ def _fill_key(node: fx.Node, same_as: _SameAs) -> Any:
         fill = float(fill)
     elif isinstance(fill, (bool, int)):
         fill = bool(fill) if value.dtype is torch.bool else int(fill)
-    return ("full", _freeze(node.args[0], same_as), _freeze(fill, same_as), value.dtype, value.device)
+    return ("full", _freeze(node.args[0]), _freeze(fill), value.dtype, value.device)
 
 
-def _cast_key(node: fx.Node, same_as: _SameAs) -> Any:
+def _cast_key(node: fx.Node) -> Any:
     """A tensor in a dtype, on a device, whichever op casts it."""
     value, source = recorded_value(node), node.args[0]
     if not isinstance(value, torch.Tensor) or not isinstance(source, fx.Node):
@@ -214,11 +200,11 @@ def _cast_key(node: fx.Node, same_as: _SameAs) -> Any:
         return None
     if node.target is torch.ops.aten.to.dtype and len(node.args) > 4:
         return None
-    return ("cast", same_as.get(source, source), value.dtype, value.device)
+    return ("cast", source, value.dtype, value.device)
 
 
 _aten = torch.ops.aten
-_SPECIAL: dict[Any, Callable[[fx.Node, _SameAs], Any]] = {
+_SPECIAL: dict[Any, Callable[[fx.Node], Any]] = {
     _aten.arange.default: _range_key,
     _aten.arange.start: _range_key,
     _aten.arange.start_step: _range_key,

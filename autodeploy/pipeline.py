@@ -81,12 +81,13 @@ class PassRecord:
 def run(gm: fx.GraphModule, passes: Sequence[Pass], observers: Iterable[Observer] = ()) -> list[PassRecord]:
     """Apply `passes` to `gm` in place, in order.
 
-    After each, dead code is dropped and the invariants of `autodeploy.spec` are checked. The module's code
-    is generated once at the end, or after each pass where there are observers, who may run it.
+    Dead code is dropped before the first and after each; then the invariants of `autodeploy.spec` are checked. The
+    module's code is generated once at the end, or after each pass where there are observers, who may run it.
     Raises PassError (or the pass's own typed error) naming the pass that failed.
     """
     observers = list(observers)
     records = []
+    _drop_dead_code(gm)
     counts = count(gm, split(gm))
     for step in passes:
         for observer in observers:
@@ -133,13 +134,17 @@ def _apply(gm: fx.GraphModule, step: Pass, before: Counts) -> PassRecord:
 
 def _tidy(gm: fx.GraphModule) -> Counts:
     """Drop dead code and check the invariants."""
+    _drop_dead_code(gm)
+    parts = split(gm)
+    spec.check(gm, parts)
+    return count(gm, parts)
+
+
+def _drop_dead_code(gm: fx.GraphModule) -> None:
     try:
         gm.graph.eliminate_dead_code(is_needed)  # checks that the graph is well formed first
     except RuntimeError as error:
         raise InvariantError(f"the graph is not valid: {error}") from error
-    parts = split(gm)
-    spec.check(gm, parts)
-    return count(gm, parts)
 
 
 def count(gm: fx.GraphModule, parts: Split) -> Counts:

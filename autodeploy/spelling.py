@@ -140,6 +140,13 @@ def base_name(overload: OpOverload) -> str:
     return overload._schema.name.split("::")[1]
 
 
+def spelled(node: fx.Node) -> str:
+    """The op of `node` as a message names it: "aten.rand.default", "dropout", "clamp_"."""
+    if isinstance(node.target, (str, OpOverload, HigherOrderOperator)):
+        return str(node.target)
+    return getattr(node.target, "__name__", "") or str(node.target)
+
+
 def attribute(node: fx.Node) -> Any:
     """The parameter, buffer, constant or graph that a get_attr node names; None where its graph has no module."""
     module = node.graph.owning_module

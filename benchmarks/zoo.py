@@ -105,6 +105,7 @@ def tiny(model_type: str, num_layers: int = 4, attn_implementation: str = "eager
     Raises KeyError for an unknown type and whatever transformers raises for one that it cannot build.
     """
     config = _shrink(CONFIG_MAPPING[model_type], num_layers)
+    torch.manual_seed(0)  # for what transformers draws itself
     model = AutoModelForCausalLM.from_config(config, attn_implementation=attn_implementation, dtype=torch.float32)
     _randomize(model)
     return model.eval()

@@ -21,7 +21,7 @@ from torch import fx
 
 from autodeploy.attention_forms.check import check
 from autodeploy.attention_forms.evaluate import Refused
-from autodeploy.attention_forms.flex import FLEX, WrittenOut, known_nodes_around, why_not, write_out
+from autodeploy.attention_forms.flex import FLEX, WrittenOut, erase_idle_lists, learn_without_flex, why_not, write_out
 from autodeploy.attention_forms.match import SDPA, SOFTMAXES, Matcher
 from autodeploy.attention_forms.rewrite import rewrite
 from autodeploy.errors import NoAttentionFound, node_location
@@ -52,8 +52,9 @@ class FindAttention:
                 continue
             written = write_out(gm, node)
             hearts.append(_Heart(node, written.softmax, written))
-        matcher = Matcher(gm, known_nodes_around(gm) if hearts else set())
+        matcher = Matcher(gm, learn_without_flex(gm)) if hearts else None
         for heart in hearts:
+            assert matcher is not None
             reason = _reduce(gm, heart, matcher)
             if reason is not None:
                 near_miss(gm, heart.node, reason)
@@ -62,6 +63,8 @@ class FindAttention:
         canonical = [node for node in gm.graph.nodes if kind_of(node.target) is not None]
         if not canonical:
             raise no_attention(gm)
+        if any(heart.written for heart in hearts):
+            erase_idle_lists(gm)
         new = [node for node in canonical if CANONICAL not in node.meta]
         for node in new:
             node.meta[CANONICAL] = True

@@ -18,11 +18,13 @@ from dataclasses import dataclass
 from torch import fx
 
 from autodeploy.dependence import KEPT, Split, split
+from autodeploy.effects import HOST, UNBACKED
 from autodeploy.equality import merge_equal, merge_equal_numbers
 from autodeploy.graph import near_miss, prepare_nodes
-from autodeploy.memory import TOO_LARGE, too_large_to_share
+from autodeploy.memory import TOO_LARGE, too_large_to_hoist
 from autodeploy.metadata.equal_forms import rewrite_equal_forms
 from autodeploy.outline import hoist_scalars, inline, outline
+from autodeploy.spelling import spelled
 
 
 @dataclass(frozen=True)
@@ -30,7 +32,7 @@ class ShareMetadata:
     """Outline the layout-only part of the graph; matches the number of nodes moved or merged.
 
     What must stay is a near miss: random numbers, writes, effects, sizes known only at run time, and values so large
-    that keeping them from the start would raise peak memory (`autodeploy.memory` states the bound).
+    that computing them at the start would raise peak memory (`autodeploy.memory` states the bound).
     """
 
     name: str = "share_metadata"
@@ -39,15 +41,18 @@ class ShareMetadata:
         parts = split(gm)
         if parts.metadata:
             parts = _collect(gm, parts)
-        moved = len(parts.metadata)
-        unique = _merge(gm, parts)
-        merged = len(parts.known) - len(unique.known)
+        moved, num_known = len(parts.metadata), len(parts.known)
+        parts = _merge(gm, parts)
+        merged = num_known - len(parts.known)
         if moved:
-            if rewrite_equal_forms(gm.graph, unique.known):
-                unique = _merge(gm, split(gm))
-            outline(gm, unique)
+            if rewrite_equal_forms(gm.graph, parts.known):
+                parts = _merge(gm, split(gm))
+            moved -= len(parts.metadata)
+            parts = _keep_large(gm, parts)
+            moved += len(parts.metadata)
+            outline(gm, parts)
         for node, reason in parts.refused.items():
-            near_miss(gm, node, reason)
+            near_miss(gm, node, f"{spelled(node)} {reason}")
         return moved or merged
 
 
@@ -56,9 +61,12 @@ def _collect(gm: fx.GraphModule, parts: Split) -> Split:
     if prepare_nodes(gm):
         inline(gm)
         parts = split(gm)
-    if _share_numbers(gm, parts):
-        parts = split(gm)
-    too_large = too_large_to_share(gm.graph, parts.known, parts.metadata)
+    return split(gm) if _share_numbers(gm, parts) else parts
+
+
+def _keep_large(gm: fx.GraphModule, parts: Split) -> Split:
+    """Leave where it is, merged, what would raise peak memory at the front; returns what is left to move."""
+    too_large = too_large_to_hoist(gm.graph, parts.metadata)
     for node in too_large:
         node.meta[KEPT] = TOO_LARGE
     return split(gm) if too_large else parts
@@ -72,5 +80,10 @@ def _share_numbers(gm: fx.GraphModule, parts: Split) -> int:
 
 def _merge(gm: fx.GraphModule, parts: Split) -> Split:
     """Merge what is equal in the layout-only part; returns what is left of it."""
-    ops = ("call_function", "call_method", "get_attr")
-    return parts.without(merge_equal(gm.graph, [n for n in gm.graph.nodes if n in parts.known and n.op in ops]))
+    return parts.without(merge_equal(gm.graph, [node for node in gm.graph.nodes if _can_merge(node, parts)]))
+
+
+def _can_merge(node: fx.Node, parts: Split) -> bool:
+    # Where two ops make up a size of one tensor, tracing them again gives both the same symbol, which Inductor refuses.
+    makes_size = any(parts.refused.get(user) in (UNBACKED, HOST) for user in node.users)
+    return node in parts.known and not makes_size and node.op in ("call_function", "call_method", "get_attr")

@@ -68,6 +68,15 @@ def with_sinks(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     return logits.softmax(-1)[..., :-1] @ repeat(v)
 
 
+def keys_put_together_in_place(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """As in latent attention: halves of the keys are written into an empty tensor."""
+    keys = repeat(k)
+    joined = keys.new_empty(keys.shape)
+    joined[..., : HEAD_DIM // 2] = keys[..., : HEAD_DIM // 2]
+    joined[..., HEAD_DIM // 2 :] = keys[..., HEAD_DIM // 2 :]
+    return F.scaled_dot_product_attention(q, joined, repeat(v), attn_mask=causal(q.shape[2]))
+
+
 def alibi(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     bias = SLOPES[:, None, None] * torch.arange(1 - q.shape[2], 1)
     scores = q @ repeat(k).mT * SCALE + bias
@@ -145,6 +154,7 @@ PLAIN = {"causal": True, "window": None, "softcap": None, "scale": SCALE}
         (window_by_where, {"window": 3}, KV_HEADS, False),
         (softcapped, {"softcap": 2.0}, KV_HEADS, False),
         (with_sinks, {}, KV_HEADS, False),
+        (keys_put_together_in_place, {}, HEADS, False),
         (alibi, {}, KV_HEADS, True),
         (batched_alibi, {}, KV_HEADS, True),
         (batched, {}, KV_HEADS, False),
@@ -229,6 +239,24 @@ def test_a_bias_that_is_an_input_is_kept() -> None:
 
     gm = export(relative, (*tensors(3, 7), torch.randn(1, HEADS, 7, 7)))
     inputs = (*tensors(2, 13), torch.randn(1, HEADS, 13, 13))
+    before = gm(*inputs)
+    bias_of_hidden_rows = torch.full((1, HEADS, 13, 13), -math.inf).triu(1) + LOWEST
+    hidden = gm(*inputs[:3], bias_of_hidden_rows)
+    node = reduced(gm)
+    # An input may hide all that a query sees: then the mask cannot be told apart from it.
+    assert (node.kwargs["causal"], node.args[4] is not None) == (False, True)
+    torch.testing.assert_close(gm(*inputs[:3], bias_of_hidden_rows), hidden, atol=TOLERANCE, rtol=0)
+    torch.testing.assert_close(gm(*inputs), before, atol=TOLERANCE, rtol=0)
+
+
+def test_a_mask_and_a_bias_in_one_are_told_apart() -> None:
+    def relative(q: Tensor, k: Tensor, v: Tensor, types: Tensor) -> Tensor:
+        bias = 0.1 * types[:, None, None, :].float()
+        mask = bias + torch.where(causal(q.shape[2]), 0.0, LOWEST)
+        return F.scaled_dot_product_attention(q, repeat(k), repeat(v), attn_mask=mask)
+
+    gm = export(relative, (*tensors(3, 7), torch.ones(3, 7, dtype=torch.int64)))
+    inputs = (*tensors(2, 13), torch.randint(9, (2, 13)))
     before = gm(*inputs)
     node = reduced(gm)
     assert (node.kwargs["causal"], node.args[4] is not None) == (True, True)

@@ -70,6 +70,23 @@ def not_a_product(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     return (q[..., :1] - repeat(k)[..., 0].unsqueeze(2)).abs().softmax(-1) @ repeat(v)
 
 
+def query_written_in_place(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    q = q + 1
+    scores = q @ repeat(k).mT
+    q.mul_(2)
+    return scores.softmax(-1) @ repeat(v) + q
+
+
+def scores_written_in_place(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    scores = q @ repeat(k).mT
+    scores.masked_fill_(~causal(q.shape[2]), LOWEST)
+    return scores.softmax(-1) @ repeat(v)
+
+
+def einsum(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    return torch.einsum("bhij,bhjd->bhid", (q @ repeat(k).mT).softmax(-1), repeat(v))
+
+
 def far_window(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     mask = causal(q.shape[2], 100_000)
     return F.scaled_dot_product_attention(q, repeat(k), repeat(v), attn_mask=mask)
@@ -87,10 +104,13 @@ def far_window(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         (mask_before_softcap, "before the softcap"),
         (sees_nothing, "hides everything from some query"),
         (mask_from_data, "depends on data, and may hide everything"),
-        (bias_from_outside, "may be -inf for everything that some query sees"),
+        (bias_from_outside, "has a bias that may hide everything from some query"),
         (softmax_over_queries, "has a softmax over another dimension than the keys"),
         (sink_of_each_token, "has a further logit that is not one number per head"),
         (not_a_product, "weighs values by something other than queries times keys"),
+        (query_written_in_place, "reads what is written to in place"),
+        (scores_written_in_place, "weighs values by something other than queries times keys"),
+        (einsum, "weighs values with an einsum"),
         (far_window, "has a mask with the number 100000, too far away to ask"),
     ],
     ids=lambda value: getattr(value, "__name__", ""),

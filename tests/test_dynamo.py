@@ -217,6 +217,15 @@ def test_graph_breaks() -> None:
     assert len({report.ledger for report in ours.reports}) == 1
 
 
+def test_sizes_known_only_at_run_time() -> None:
+    def count(x: Tensor) -> Tensor:
+        return (torch.arange(x.shape[0]) > 1).nonzero().sum() + 2 * (torch.arange(x.shape[0]) > 1).nonzero().sum()
+
+    with torch.no_grad(), torch._dynamo.config.patch(capture_dynamic_output_shape_ops=True):
+        step = torch.compile(count, backend="autodeploy", dynamic=True, fullgraph=True)
+        assert step(torch.ones(5)) == count(torch.ones(5))
+
+
 def test_training_is_left_to_inductor() -> None:
     gradients = []
     for backend in ("autodeploy", "inductor"):
@@ -355,6 +364,7 @@ CLEAN_PROCESS = textwrap.dedent(
         with torch.no_grad():
             assert torch.equal(torch.compile(masked, backend=backend)(x), masked(x))
         hits.append([counters["aot_autograd"][f"autograd_cache_{what}"] for what in ("hit", "miss")])
+    assert "transformers" not in sys.modules  # it takes longer to import than all of ours
     from autodeploy import dynamo
     print(json.dumps([hits, str(dynamo.last_report())]))
     """

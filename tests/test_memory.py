@@ -9,7 +9,7 @@ from torch import Tensor, fx
 from autodeploy import pipeline
 from autodeploy.dependence import KEPT, split
 from autodeploy.graph import PREPARE, prepare_nodes
-from autodeploy.memory import PEAK_BYTES, too_large_to_share
+from autodeploy.memory import PEAK_BYTES, too_large_to_hoist
 from passes import ShareMetadata
 
 aten = torch.ops.aten
@@ -71,7 +71,7 @@ def test_small_values_are_not_even_weighed() -> None:
     gm = graph_of([8, 16])
     parts = split(gm)
     small = [node for node in parts.metadata if node.meta["val"].numel() * 8 <= PEAK_BYTES]
-    assert too_large_to_share(gm.graph, parts.known, small) == []
+    assert too_large_to_hoist(gm.graph, small) == []
 
 
 @pytest.mark.parametrize("num_layers", [2, 16])

@@ -104,7 +104,7 @@ MIXES: dict[str, tuple[Body, str]] = {
     "sort": (lambda x, p: x.sort(1).values, "runs along the sequence"),
     "convolution": (
         lambda x, p: F.conv1d(x.transpose(1, 2), torch.ones(SIZE, SIZE, 3), padding=1).transpose(1, 2),
-        "outside the transformers attention interface",
+        "outside the transformers interfaces",
     ),
     "group norm": (lambda x, p: F.group_norm(x.transpose(1, 2), 2).transpose(1, 2), "not known to treat tokens alone"),
     "mean": (lambda x, p: x - x.mean(1, keepdim=True), "reduces over tokens"),

@@ -6,8 +6,8 @@ import pytest
 from tiny_models import MODEL_TYPES, WINDOW
 from traces import apply, before, text
 
-from autodeploy.errors import OptionError, UnknownName
 from autodeploy.dependence import split
+from autodeploy.errors import OptionError, UnknownName
 from autodeploy.graph import SITE, placeholders, take_near_misses
 from autodeploy.ops.registry import kind_of
 from passes import InsertCachedAttention

@@ -90,11 +90,15 @@ class Masks:
             self._are_masks[key] = all(((value == 0) | (value * term.factor <= HIDDEN)).all() for value in values)
         return self._are_masks[key]
 
+    def hides(self, term: Term) -> bool:
+        """Whether `term`, which is added, hides anything."""
+        return any((self._ask(term, length, 1) <= HIDDEN).any() for length in self._lengths([term]))
+
     def check_rows(self, term: Term) -> None:
-        """Raise Refused where `term`, which is added, hides everything from some query."""
-        if term.role == "add" and not all(
-            (self._ask(term, length, 1) > HIDDEN).any(-1).all() for length in self._lengths([term])
-        ):
+        """Raise Refused where `term`, if it is added, hides everything from some query."""
+        if term.role != "add":
+            return
+        if not all((self._ask(term, length, 1) > HIDDEN).any(-1).all() for length in self._lengths([term])):
             raise Refused(_HIDES_A_ROW)
 
     def read(self, terms: Sequence[Term], causal: bool) -> Seen | None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, fx
@@ -26,7 +26,7 @@ class Evaluator:
     """Values of nodes, computed on demand and kept.
 
     `sizes` gives each sympy symbol of the graph's shapes a number, `given` gives nodes their values; integer inputs
-    that are called positions count up along their last dimension. Everything else must be known (`known_nodes`).
+    that are called positions count up along their last dimension. Everything else must be known (`learn`).
     """
 
     def __init__(self, gm: fx.GraphModule, sizes: Mapping[Any, int], given: Mapping[fx.Node, Any] | None = None):
@@ -84,13 +84,19 @@ class Evaluator:
         return bool(number) if isinstance(value, torch.SymBool) else int(number) if number.is_integer else float(number)
 
 
-def known_nodes(gm: fx.GraphModule) -> set[fx.Node]:
-    """Every node that depends on positions, sizes and constants alone, so that an Evaluator can tell its value."""
-    written = mutated(gm.graph)
-    found: set[fx.Node] = set()
+class Knowledge(NamedTuple):
+    """`known` nodes depend on positions, sizes and constants alone; `written` ones may be written to in place."""
+
+    known: set[fx.Node]
+    written: set[fx.Node]
+
+
+def learn(gm: fx.GraphModule) -> Knowledge:
+    """What can be told of the nodes of `gm` in one sweep."""
+    found = Knowledge(set(), mutated(gm.graph))
     for node in gm.graph.nodes:
-        if node not in written and _is_known(gm, node, found):
-            found.add(node)
+        if node not in found.written and _is_known(gm, node, found.known):
+            found.known.add(node)
     return found
 
 

@@ -19,14 +19,16 @@ from typing import Any
 import torch
 from torch import fx
 
-from autodeploy.attention_forms.evaluate import known_nodes
+from autodeploy.attention_forms.evaluate import Knowledge, learn
 from autodeploy.attention_forms.rewrite import record_values
+from autodeploy.effects import is_pure
 from autodeploy.graph import get_attribute, record
 
 aten = torch.ops.aten
 FLEX = torch.ops.higher_order.flex_attention
 _FLAT_APPLY = torch.ops.higher_order.flat_apply
 _FRESH = (aten.new_zeros.default, aten.zeros.default, aten.new_ones.default, aten.ones.default)
+_VMAP = "torch._functorch.predispatch"
 _MOD_INDEX = "torch._dynamo._trace_wrapped_higher_order_op.ModIndex"
 
 
@@ -62,13 +64,23 @@ def erase_unused(nodes: Iterable[fx.Node]) -> None:
         node.graph.erase_node(node)
 
 
+def erase_idle_lists(gm: fx.GraphModule) -> None:
+    """Take away block lists that no flex_attention reads; no dead code elimination knows vmap's functions."""
+    ends = [node for node in gm.graph.nodes if getattr(node.target, "__module__", None) == _VMAP or is_pure(node)]
+    erase_unused([node for node in ends if node.op == "call_function"])
+
+
 def _writes_elsewhere(node: fx.Node) -> bool:
     """Whether `node` writes to something that others may see."""
-    if not isinstance(node.target, torch._ops.OpOverload) or not node.target._schema.is_mutable:
+    if not _writes(node):
         return False
     written = node.all_input_nodes[0]
     is_seen = any(user is not node and set(user.users) != {node} for user in written.users)
     return is_seen or written.target not in _FRESH
+
+
+def _writes(node: fx.Node) -> bool:
+    return isinstance(node.target, torch._ops.OpOverload) and node.target._schema.is_mutable
 
 
 def why_not(gm: fx.GraphModule, node: fx.Node) -> str | None:
@@ -102,8 +114,10 @@ def write_out(gm: fx.GraphModule, node: fx.Node) -> WrittenOut:
     return WrittenOut(node, output, softmax, tuple(nodes))
 
 
-def known_nodes_around(gm: fx.GraphModule) -> set[fx.Node]:
-    """`known_nodes` of what is left without flex_attention and its block lists, whose ops all look like writes."""
+def learn_without_flex(gm: fx.GraphModule) -> Knowledge:
+    """What can be told of `gm` when flex_attention and its block lists are gone, whose ops all look like writes."""
+    if not gm.graph.find_nodes(op="call_function", target=FLEX):
+        return learn(gm)
     copies: dict[fx.Node, fx.Node] = {}
     graph = fx.Graph()
     graph.output(graph.graph_copy(gm.graph, copies))
@@ -113,8 +127,9 @@ def known_nodes_around(gm: fx.GraphModule) -> set[fx.Node]:
         node.replace_all_uses_with(inputs[0])  # no more known than its result
         graph.erase_node(node)
         erase_unused(inputs)
-    known = known_nodes(copy)
-    return {original for original, node in copies.items() if node in known}
+    learned = learn(copy)
+    known, written = ({original for original, node in copies.items() if node in nodes} for nodes in learned)
+    return Knowledge(known, written)
 
 
 def _scores(query: Any, key: Any, scale: float, group_size: int, device: torch.device) -> tuple[Any, tuple[Any, ...]]:

@@ -57,8 +57,7 @@ class Attention:
         tensors = [_cast(tensor, dtype, common) for tensor, dtype in zip(tensors, dtypes, strict=True)]
         bias = None
         for tensor, term in zip(terms, self.bias, strict=True):
-            added = _cast(_added(tensor, term, self.num_heads), _dtype(term), common)
-            bias = added if bias is None else aten.add.Tensor(bias, added)
+            bias = _changed(bias, _to_four(tensor, term, self.num_heads), term, common)
         result = torch.ops.autodeploy.attention.default(
             *tensors,
             sinks,
@@ -77,32 +76,28 @@ def _cast(tensor: Any, dtype: torch.dtype, wanted: torch.dtype) -> Any:
     return tensor if dtype == wanted else aten.to.dtype(tensor, wanted)
 
 
-def _dtype(term: Term) -> torch.dtype:
-    """That of the scores that a mask without values of its own is added to; they are float32 at least in a softmax."""
-    return term.node.meta["val"].dtype if term.role == "add" else torch.float32
-
-
-def _added(tensor: Any, term: Term, num_heads: int) -> Any:
-    """What `term` adds to scores [B, H, S, S], broadcastable to them."""
+def _changed(bias: Any, tensor: Any, term: Term, dtype: torch.dtype) -> Any:
+    """The `bias` so far, or None, and what `term` makes of it; in the order of the terms, as a mask replaces."""
     if term.role != "add":
         hidden = aten.logical_not.default(tensor) if term.role == "keep" else tensor
-        zeros = aten.zeros_like.default(tensor, dtype=torch.float32)
-        tensor = aten.masked_fill.Scalar(zeros, hidden, term.fill)
-    elif term.factor != 1:
+        if bias is None:
+            return aten.to.dtype(aten.where.Scalar(hidden, term.fill, 0.0), dtype)
+        return aten.where.ScalarSelf(hidden, term.fill, bias)
+    if term.factor != 1:
         tensor = aten.mul.Scalar(tensor, term.factor)
-    return _to_four(tensor, term.node.meta["val"], term.shape, num_heads)
+    tensor = _cast(tensor, term.node.meta["val"].dtype, dtype)
+    return tensor if bias is None else aten.add.Tensor(bias, tensor)
 
 
-def _to_four(tensor: Any, recorded: Tensor, scores: torch.Size, num_heads: int) -> Any:
-    """`tensor`, broadcastable to `scores` [B * H, S, S] or [B, K, G, S, S], made broadcastable to [B, H, S, S]."""
-    ndim = recorded.dim()
-    if len(scores) == 3 and ndim == 3 and recorded.shape[0] != 1:
+def _to_four(tensor: Any, term: Term, num_heads: int) -> Any:
+    """The tensor of `term`, broadcastable to scores of another shape, made so to [B, H, S, S]."""
+    recorded: Tensor = term.node.meta["val"]
+    ndim, scores_ndim = recorded.dim(), len(term.shape)
+    if scores_ndim == 3 and ndim == 3 and recorded.shape[0] != 1:
         return aten.unflatten.int(tensor, 0, [-1, num_heads])
-    if len(scores) < 5 or ndim < 4:
-        if len(scores) == 5 and ndim == 3 and recorded.shape[0] != 1:
-            raise Refused("adds another bias to each query of a group")
+    if scores_ndim < 5 or ndim < 3:
         return tensor
-    per_head = [size != 1 for size in recorded.shape[-4:-2]]
+    per_head = [size != 1 for size in (1, *recorded.shape)[-4:-2]]
     if any(per_head) and not all(per_head):
         raise Refused("adds a bias to groups of heads")
-    return aten.flatten.using_ints(tensor, ndim - 4, ndim - 3)
+    return aten.flatten.using_ints(tensor, ndim - 4, ndim - 3) if ndim > 3 else tensor

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
@@ -12,10 +11,11 @@ from torch import fx
 from torch.fx.experimental.symbolic_shapes import statically_known_true
 
 from autodeploy.attention_forms.asked import Masks, Seen, Sizes
-from autodeploy.attention_forms.evaluate import Refused, cone, constants
+from autodeploy.attention_forms.evaluate import Knowledge, Refused, cone, constants
 from autodeploy.attention_forms.found import Attention
 from autodeploy.attention_forms.heads import Operand, num_heads, peel
-from autodeploy.attention_forms.scores import ScoreReader, Scores, Term, drops_nothing, is_cast, keeps_rows
+from autodeploy.attention_forms.in_place import is_overtaken
+from autodeploy.attention_forms.scores import HIDDEN, ScoreReader, Scores, Term, drops_nothing, is_cast, keeps_rows
 
 aten = torch.ops.aten
 SDPA = aten.scaled_dot_product_attention.default
@@ -25,13 +25,13 @@ _PASSED = (aten.clone.default, aten.contiguous.default, aten.alias.default, aten
 
 
 class Matcher:
-    """Matches in one graph, of which the nodes in `known` can be evaluated."""
+    """Matches in one graph, of which something is known."""
 
-    def __init__(self, gm: fx.GraphModule, known: set[fx.Node]) -> None:
-        self._known = known
-        self._reader = ScoreReader(gm, known)
+    def __init__(self, gm: fx.GraphModule, knowledge: Knowledge) -> None:
+        self._known, self._written = knowledge
+        self._reader = ScoreReader(gm, self._known)
         self.sizes = Sizes(gm)
-        self._masks = Masks(gm, known, self.sizes)
+        self._masks = Masks(gm, self._known, self.sizes)
 
     def match(self, node: fx.Node, *, hides_rows: bool = False) -> Attention | None:
         """The attention that `node` is the heart of; None where it is not one. Raises Refused with the reason.
@@ -91,17 +91,10 @@ class Matcher:
         kv_heads = num_heads(key, heads)
         if num_heads(value_operand, kv_heads) != kv_heads or heads % kv_heads:
             raise Refused(f"has {heads} query heads on {kv_heads} key heads and another number of value heads")
-        masks = [term for term in scores.terms if self._masks.is_mask(term)]
-        others = [term for term in scores.terms if term not in masks]
-        seen = self._masks.read(masks, scores.causal)
-        if seen is None:
-            others, seen = list(scores.terms), Seen(scores.causal)
-        if hides_rows:
-            for term in others:
-                self._check_rows(term)
-        words = [*scores.words, *_describe(seen, others)]
+        seen, bias = self._read_terms(scores, hides_rows)
+        words = [*scores.words, *_describe(seen, bias)]
         words += ["grouped heads"] if kv_heads < heads else []
-        return Attention(
+        found = Attention(
             output=output,
             query=query,
             key=key,
@@ -111,10 +104,13 @@ class Matcher:
             scale=scores.scale * query.scale * key.scale * (scores.softcap or 1.0),
             softcap=scores.softcap,
             sinks=scores.sinks,
-            bias=tuple(others),
+            bias=tuple(bias),
             seen=seen,
             words=tuple(dict.fromkeys(words)),
         )
+        if is_overtaken(output, {node for node in found.inputs if node is not None}, self._written):
+            raise Refused("reads what is written to in place")
+        return found
 
     def _peel(self, operands: Sequence[Operand]) -> list[Operand]:
         """Queries, keys and values; both keys and values without their repeats, or neither."""
@@ -124,16 +120,47 @@ class Matcher:
             return peeled
         return [peel(*pair, repeats=False) for pair in zip(operands, numbers, strict=True)]
 
+    def _read_terms(self, scores: Scores, hides_rows: bool) -> tuple[Seen, list[Term]]:
+        """What the masks show in words, and the terms that there are no words for."""
+        terms = [summand for term in scores.terms for summand in self._summands(term)]
+        masks = [term for term in terms if self._masks.is_mask(term)]
+        bias = [term for term in terms if term not in masks]
+        seen = self._masks.read(masks, scores.causal)
+        if hides_rows:
+            for term in bias if seen else terms:
+                self._check_rows(term)
+        # Where a bias hides all that a mask shows, the rest must be as low as it was, which a mask in words is not.
+        if seen is None or (masks and any(self._may_hide(term) for term in bias)):
+            return Seen(scores.causal), terms
+        return seen, bias
+
+    def _summands(self, term: Term) -> list[Term]:
+        """`term` in parts, where a mask and a bias were added to each other first."""
+        node = term.node
+        is_sum = term.role == "add" and node.target is aten.add.Tensor and not node.kwargs
+        parts = [arg for arg in node.args if isinstance(arg, fx.Node)] if is_sum else []
+        if len(parts) != 2 or (parts[0] in self._known) == (parts[1] in self._known):
+            return [term]
+        return [summand for part in parts for summand in self._summands(replace(term, node=part))]
+
     def _check_rows(self, term: Term) -> None:
-        """Refuse a mask that may hide everything from some query, for which SDPA gives zeros."""
+        """Refuse a bias that may hide everything from some query, for which SDPA gives zeros."""
         if term.node in self._known:
-            return self._masks.check_rows(term)
-        if term.role != "add":
+            self._masks.check_rows(term)
+        elif term.role != "add":
             raise Refused("has a mask that depends on data, and may hide everything from some query")
+        elif self._may_hide(term):
+            raise Refused("has a bias that may hide everything from some query")
+
+    def _may_hide(self, term: Term) -> bool:
+        """Whether what `term` adds may be as low as a mask."""
+        if term.role != "add":
+            return True
+        if term.node in self._known:
+            return self._masks.hides(term)
         sources = [node for node in cone(term.node) if node.op == "placeholder"]
         is_given = any(node.meta["val"].is_floating_point() for node in sources if "val" in node.meta)
-        if is_given or -math.inf in constants(term.node):
-            raise Refused("has a bias that may be -inf for everything that some query sees")
+        return is_given or any(number <= HIDDEN for number in constants(term.node))
 
 
 def _weighted_product(node: fx.Node) -> tuple[fx.Node, bool] | None:
@@ -155,6 +182,8 @@ def _line_of_users(node: fx.Node) -> list[fx.Node]:
         user = waiting.pop()
         if user.target in _PRODUCTS and user.args[0] in (node, *line):
             return [*line, user]
+        if user.target is aten.einsum.default and node.meta["val"].dim() > 3:
+            raise Refused("weighs values with an einsum")
         if user.target in _PASSED or is_cast(user) or keeps_rows(user) or drops_nothing(user) or _cuts_last(user):
             line.append(user)
             waiting += user.users

@@ -34,9 +34,9 @@ class Term:
 
 @dataclass(frozen=True)
 class Scores:
-    """Scores as far as they have been read. `key` is [..., D, S] as it is multiplied; `softcap` is what tanh(scale QK) is
-    multiplied by.
+    """Scores as far as they have been read.
 
+    `key` is [..., D, S], as it is multiplied; `softcap` is what tanh(scale QK) is multiplied by, `terms` are in order.
     `words` name the forms on the way, for the table of forms.
     """
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import inspect
 import time
+from typing import TYPE_CHECKING
 
 import torch
 from torch import fx, nn
@@ -16,11 +17,12 @@ from torch.export import Dim, ExportedProgram
 from torch.fx.graph import CodeGen
 from torch.utils import _pytree as pytree
 from torch.utils._sympy.numbers import int_oo
-from transformers import PreTrainedModel
 
 from autodeploy.errors import AutodeployError, NoAttentionFound, TraceError, UnsupportedFeature, node_location
 from autodeploy.ops.registry import kind_of
-from autodeploy.trace.patches import traceable
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 TRACE_SECONDS = "autodeploy_trace_seconds"  # meta of the traced module: how long it took
 # Any two sizes above one that differ: they become symbols.
@@ -37,6 +39,9 @@ def trace(model: PreTrainedModel) -> fx.GraphModule:
     every B and S allowed; the only output is the logits [B, S, V]. A batch row is one sequence without padding.
     Raises TraceError, NoAttentionFound, or UnsupportedFeature with the layer's module path.
     """
+    # transformers takes a second to import, which torch.compile does without.
+    from transformers import PreTrainedModel
+
     if not isinstance(model, PreTrainedModel):
         raise TraceError(f"{type(model).__name__} is not a transformers model", fix=_LOAD_WITH)
     if model.config.is_encoder_decoder:
@@ -56,6 +61,8 @@ def _export(model: PreTrainedModel) -> ExportedProgram:
         positions = torch.arange(_EXAMPLE_SHAPE[1], device=model.device)
         inputs["position_ids"] = positions.expand(_EXAMPLE_SHAPE).contiguous()
     shapes = {name: {0: Dim.DYNAMIC, 1: Dim.DYNAMIC} for name in inputs}
+    from autodeploy.trace.patches import traceable
+
     with traceable(model), torch.no_grad():
         try:
             return torch.export.export(model, (), inputs, dynamic_shapes=shapes, strict=False)
