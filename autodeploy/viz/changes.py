@@ -100,13 +100,18 @@ class Comparison:
         return False
 
     def _is_copy(self, one: int, other: int) -> bool:
-        """Whether a new node does again what `one` does: sizes and constants are read on both sides of a border."""
-        if other in self.paired or _GONE in (one, other):
-            return False
-        if self.before.by_id[one].label != self.after.by_id[other].label:
-            return False
-        pairs = zip(self.before.inputs[one], self.after.inputs[other], strict=False)
-        return all(new in self.links.images(old) for (_, old), (_, new) in pairs)
+        """Whether new nodes do again what `one` does: sizes and constants are read on both sides of a border."""
+        pending = [(one, other)]
+        for old, new in pending:
+            if old != one and new in self.links.images(old):
+                continue
+            if len(pending) > _FAR or new in self.paired or _GONE in (old, new):
+                return False
+            inputs, new_inputs = self.before.inputs[old], self.after.inputs[new]
+            if self.before.by_id[old].label != self.after.by_id[new].label or len(inputs) != len(new_inputs):
+                return False
+            pending += [(source, new_source) for (_, source), (_, new_source) in zip(inputs, new_inputs, strict=True)]
+        return True
 
     def _renamed(self, leaf: Argument) -> str:
         return repr(Text(self._rename(leaf.text)) if isinstance(leaf, Text) else leaf)
