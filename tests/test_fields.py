@@ -16,7 +16,7 @@ from autodeploy.errors import OptionError, UnknownName
 from autodeploy.metadata import fields
 
 ORACLES: dict[str, Callable[..., list]] = {}
-PARAMETERS = {"window": 5, "kernel_size": 4, "num_kv_heads": 3}
+PARAMETERS = {"window": 5, "kernel_size": 4, "num_kv_heads": 3, "block_size": 4}
 
 
 def oracle(function: Callable[..., list]) -> Callable[..., list]:
@@ -180,6 +180,16 @@ def conv_state_indices(batch: Batch, kernel_size: int) -> list:
         sources(batch, r, row, range(row.seq_len - kernel_size + 1, row.seq_len), kernel_size)
         for r, row in enumerate(batch.rows)
     ]
+
+
+@oracle
+def query_tiles(batch: Batch, block_size: int) -> list:
+    tiles = []
+    for r, row in enumerate(batch.rows):
+        if row.query_len > 1:
+            tiles += [[r, starts(batch)[r] + first] for first in range(0, row.query_len, block_size)]
+    places = len(batch.rows) + batch.num_tokens // block_size
+    return tiles + [[-1, 0]] * (places - len(tiles))
 
 
 @st.composite

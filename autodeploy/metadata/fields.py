@@ -76,6 +76,7 @@ def field(
 @cache
 def _load() -> None:
     import_module("autodeploy.metadata.fields_torch")
+    import_module("autodeploy.metadata.fields_tiles")
     for point in entry_points(group="autodeploy.fields"):
         point.load()
 
