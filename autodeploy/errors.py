@@ -63,6 +63,10 @@ class RequestTooLong(AutodeployError):
     """A request that can never run: longer than the model's context or than the whole page pool."""
 
 
+class CaptureError(AutodeployError):
+    """A step that cannot be captured as a CUDA graph."""
+
+
 class ModelNotFound(AutodeployError):
     """No model at that hub id or folder, or files missing from it."""
 

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
+from contextlib import closing
 from dataclasses import dataclass, fields
 from typing import Any, NamedTuple
 
@@ -23,12 +24,15 @@ from autodeploy.pipeline import Pass
 from autodeploy.report import Report, align
 from autodeploy.runtime.caches import default_num_pages
 from autodeploy.runtime.engine import Engine, EngineStats
-from autodeploy.runtime.requests import Request, RequestOutput, SamplingParams
+from autodeploy.runtime.requests import Request, RequestOutput, SamplingParams, Status
 from autodeploy.step_cache import load_or_make, step_key
 from autodeploy.trace import trace
 
 _DEFAULT_MODEL_LEN = 8192
-_MEMORY_SHARE = 0.3  # of what is free, for caches
+# Of the memory that is free once the model is loaded, for caches; the rest of a GPU's is for a step's activations.
+_CPU_MEMORY_SHARE, _GPU_MEMORY_SHARE = 0.3, 0.8
+# A GPU needs thousands of tokens to be busy; on a CPU a long step only makes those who decode wait.
+_CPU_NUM_TOKENS, _GPU_NUM_TOKENS = 512, 8192
 
 Prompt = str | Sequence[int]
 
@@ -58,8 +62,9 @@ class LLM:
     `model` is "demo", a folder, a hub id, or a loaded transformers model. Prompts are strings (put through the
     tokenizer's chat template unless `chat=False`) or lists of token ids (taken as they are).
     `num_pages` is the size of each KV group's page pool, by default what fits into a share of the free memory.
-    With `compile=False` the graph runs as FX made it. Everything that can be refused is refused here or when a
-    request is made, before anything runs.
+    `max_num_tokens` is the budget of one step, by default 512, and 8192 on a GPU. With `compile=False` the graph runs as
+    FX made it. On a GPU decode steps run as CUDA graphs, unless `cuda_graphs=False`. Everything that can be refused is
+    refused here or when a request is made, before anything runs.
     """
 
     def __init__(
@@ -72,9 +77,10 @@ class LLM:
         dtype: torch.dtype | None = None,
         page_size: int = 16,
         max_num_seqs: int = 64,
-        max_num_tokens: int = 512,
+        max_num_tokens: int | None = None,
         max_model_len: int | None = None,
         num_pages: int | None = None,
+        cuda_graphs: bool = True,
     ) -> None:
         self._start = time.perf_counter()
         self.timings = Timings()
@@ -87,6 +93,8 @@ class LLM:
         config = model.config.get_text_config()
         model_len = getattr(config, "max_position_embeddings", None) or _DEFAULT_MODEL_LEN
         self.max_model_len = min(max_model_len or min(model_len, _DEFAULT_MODEL_LEN), model_len)
+        if max_num_tokens is None:
+            max_num_tokens = max(max_num_seqs, _GPU_NUM_TOKENS if model.device.type == "cuda" else _CPU_NUM_TOKENS)
         plan = self._compile(steps) if compile else self._interpret(steps)
         self.report = plan.report
         self._engine = Engine(
@@ -100,6 +108,7 @@ class LLM:
             max_num_tokens=max_num_tokens,
             eos_token_ids=_eos_token_ids(model, tokenizer),
             tokenizer=tokenizer,
+            cuda_graphs=cuda_graphs,
         )
 
     @property
@@ -126,8 +135,9 @@ class LLM:
         Raises RequestTooLong or OptionError before anything runs.
         """
         requests = self._add(prompts, params, chat)
-        for _ in self._run(requests):
-            pass
+        with closing(self._steps(requests)) as steps:
+            for _ in steps:
+                pass
         return [request.output() for request in requests]
 
     def stream(self, prompt: Prompt, params: SamplingParams | None = None, *, chat: bool = True) -> Iterator[str]:
@@ -139,20 +149,24 @@ class LLM:
         self, prompts: Sequence[Prompt], params: SamplingParams | None = None, *, chat: bool = True
     ) -> Iterator[tuple[int, str]]:
         """(index of the prompt, piece of its answer), as they are made."""
-        requests = self._add(prompts, params, chat)
-        return self._run(requests)
+        return self._pieces(self._add(prompts, params, chat))
 
-    def _run(self, requests: list[Request]) -> Iterator[tuple[int, str]]:
-        index = {id(request): i for i, request in enumerate(requests)}
-        unfinished = set(index)
+    def _pieces(self, requests: list[Request]) -> Iterator[tuple[int, str]]:
+        with closing(self._steps(requests)) as steps:
+            for _ in steps:
+                for index, request in enumerate(requests):
+                    if piece := request.take_text():
+                        yield index, piece
+
+    def _steps(self, requests: list[Request]) -> Generator[None]:
+        """Steps until all `requests` have ended, maybe in somebody else's steps; cancels them when closed before."""
         try:
-            while unfinished:
-                for output in self._engine.step():
-                    self.timings.first_token = self.timings.first_token or self._elapsed()
-                    if output.finished:
-                        unfinished.discard(id(output.request))
-                    if output.text and id(output.request) in index:
-                        yield index[id(output.request)], output.text
+            done = False
+            while not done:
+                self._engine.step()
+                self.timings.first_token = self.timings.first_token or self._elapsed()
+                done = all(request.status is Status.FINISHED for request in requests)
+                yield
         finally:
             for request in requests:
                 self._engine.cancel(request)
@@ -208,7 +222,7 @@ class LLM:
             max_model_len=self.max_model_len,
             max_num_seqs=max_num_seqs,
             max_num_tokens=max_num_tokens,
-            memory_bytes=int(psutil.virtual_memory().available * _MEMORY_SHARE),
+            memory_bytes=_memory_for_caches(self.model.device),
         )
 
     def _elapsed(self) -> float:
@@ -222,6 +236,13 @@ class _Plan(NamedTuple):
     layout_spec: LayoutSpec
     cache_specs: tuple[CacheSpec, ...]
     report: Report
+
+
+def _memory_for_caches(device: torch.device) -> int:
+    """Bytes."""
+    if device.type == "cuda":
+        return int(torch.cuda.mem_get_info(device)[0] * _GPU_MEMORY_SHARE)
+    return int(psutil.virtual_memory().available * _CPU_MEMORY_SHARE)
 
 
 def _is_one(prompts: Any) -> bool:

@@ -15,7 +15,7 @@ from torch import Tensor
 from autodeploy.errors import OptionError, RequestTooLong
 from autodeploy.metadata.layout import CONTEXT_LEN, NUM_FIXED_COLUMNS, QUERY_LEN, STATE_SLOT, LayoutSpec
 from autodeploy.ops.spec import CacheSpec
-from autodeploy.runtime.buckets import padded_sizes
+from autodeploy.runtime.buckets import captured_sizes, padded_sizes
 from autodeploy.runtime.caches import default_num_pages
 from autodeploy.runtime.engine import Engine
 from autodeploy.runtime.requests import Request, RequestOutput, SamplingParams
@@ -283,12 +283,21 @@ def test_one_copy_per_step_and_counts_that_add_up() -> None:
 
 
 def test_buckets_are_never_small_grow_coarsely_and_stay_below_the_table() -> None:
-    sizes = [padded_sizes(1, 1, pages, 1000).pages_per_sequence for pages in range(1, 25)]
+    sizes = [padded_sizes(1, 1, 1, pages, 1000).pages_per_sequence for pages in range(1, 25)]
     assert sizes == [2, 2, 3, 4, 6, 6, 8, 8, *[12] * 4, *[16] * 4, *[24] * 8]
-    assert padded_sizes(1, 1, 1, 2) == (2, 2, 2)
-    assert padded_sizes(7, 5, 40, 45) == (7, 5, 45)
-    buckets = sorted({padded_sizes(2, 2, pages, 5000).pages_per_sequence for pages in range(1, 5000)})
+    assert padded_sizes(1, 1, 1, 1, 2) == (2, 2, 2)
+    assert padded_sizes(2, 1, 2, 1, 2) == (3, 2, 2), "T == S would promise a decode step"
+    assert padded_sizes(7, 5, 3, 40, 45) == (7, 5, 45)
+    buckets = sorted({padded_sizes(2, 2, 1, pages, 5000).pages_per_sequence for pages in range(1, 5000)})
     assert all(after <= 1.5 * before for before, after in pairwise(buckets))
+
+
+def test_captured_buckets_are_few_and_hold_what_they_are_for() -> None:
+    rows = [captured_sizes(count, 1, 33, 99).num_sequences for count in range(1, 34)]
+    assert rows == [2, 2, 4, 4, *[8] * 4, *[16] * 8, *[24] * 8, *[32] * 8, 33]
+    pages = [captured_sizes(1, count, 8, 300).pages_per_sequence for count in (1, 64, 65, 129, 257, 300)]
+    assert pages == [64, 64, 128, 256, 300, 300]
+    assert captured_sizes(1, 1, 1, 2) == (2, 2, 2)
 
 
 def test_default_pool_holds_all_sequences_or_what_memory_buys() -> None:
@@ -300,6 +309,16 @@ def test_default_pool_holds_all_sequences_or_what_memory_buys() -> None:
     assert default_num_pages(model.cache_specs, model.spec, **sizes, memory_bytes=20 + 16 * (42 + 2)) == (33, 11)
     with pytest.raises(OptionError, match="do not hold one sequence of 64 tokens"):
         default_num_pages(model.cache_specs, model.spec, **sizes, memory_bytes=300)
+
+
+def test_greedy_requests_beside_drawing_ones_take_the_best() -> None:
+    model = HashModel(page_size=4, window=6)
+    engine = make_engine(model, max_num_seqs=3)
+    params = [SamplingParams(max_tokens=6, temperature=temperature) for temperature in (5.0, 0.0, 5.0)]
+    _, greedy, _ = engine.add_many(PROMPTS[:3], params)
+    run(engine)
+    assert greedy.token_ids == model.expected(PROMPTS[1], 6)
+    assert engine.stats.num_host_to_device_copies == 2 * engine.stats.num_steps
 
 
 def test_requests_sampled_together_draw_what_they_draw_alone() -> None:

@@ -33,13 +33,12 @@ def request_of(prompt_len: int, max_tokens: int) -> Request:
 def run_step(scheduler: Scheduler) -> list[tuple[Request, int]]:
     """Schedule and pretend to compute: every request whose tokens are all computed gets one more."""
     batch = scheduler.schedule()
+    scheduled = list(zip(batch.requests, batch.query_lens.tolist(), strict=True))
     scheduler.commit(batch)
-    for request, _ in batch:
-        if request.num_computed == request.num_tokens:
-            request.append(7)
-            if request.num_tokens == len(request.tokens):
-                scheduler.finish(request, "length")
-    return batch
+    is_last = scheduler.append(batch, np.full(len(batch.sampled), 7))
+    for request in [request for request, last in zip(batch.sampled, is_last, strict=True) if last]:
+        scheduler.finish(request, "length")
+    return scheduled
 
 
 @st.composite
@@ -76,7 +75,7 @@ def test_every_request_ends_with_its_exact_token_count(
             for request in cancelled - set(late):
                 scheduler.finish(request, "cancelled")
         oldest = next(iter([*scheduler.running, *scheduler.waiting]), None)
-        batch = run_step(scheduler)
+        batch = run_step(scheduler) if oldest else []
         assert oldest is None or oldest in dict(batch), "the oldest request did not move"
         assert sum(count for _, count in batch) <= scheduler.max_num_tokens
         assert all(r.num_tokens - r.num_computed == 1 for r in scheduler.running[:-1]), "two prompts are half computed"

@@ -25,6 +25,7 @@ from autodeploy.metadata.layout import (
     SCRATCH_STATE,
     STATE_SLOT,
     LayoutSpec,
+    promised_tokens,
 )
 
 # Inductor clones an input whose address is not a multiple of 16 bytes, so the layout starts at one: 4 int32.
@@ -51,9 +52,24 @@ class Arena:
         )
 
     @staticmethod
-    def allocate(num_tokens: int, num_sequences: int, num_columns: int) -> Arena:
-        """An arena for up to `num_tokens` tokens and `num_sequences` layout rows of `num_columns`, padding included."""
-        return Arena(torch.zeros(_layout_start(num_tokens) + num_sequences * num_columns, dtype=torch.int32))
+    def allocate(num_tokens: int, num_sequences: int, num_columns: int, *, pinned: bool = False) -> Arena:
+        """An arena for up to `num_tokens` tokens and `num_sequences` layout rows of `num_columns`, padding included.
+
+        `pinned` memory can be copied to a GPU while the host goes on.
+        """
+        size = _layout_start(num_tokens) + num_sequences * num_columns
+        return Arena(torch.zeros(size, dtype=torch.int32, pin_memory=pinned))
+
+    def view(self, num_tokens: int, num_sequences: int, num_columns: int) -> Nested:
+        """The part of the arena that a step of these sizes takes, as it is. Raises LayoutError if that is too much."""
+        size = _layout_start(num_tokens) + num_sequences * num_columns
+        if size > self.buffer.numel():
+            raise LayoutError(
+                f"{num_tokens} tokens and {num_sequences} rows of {num_columns} need {size} int32, "
+                f"the arena has {self.buffer.numel()}",
+                fix="schedule less in one step, or allocate a larger arena",
+            )
+        return Nested(self.buffer[:size], num_tokens, num_columns)
 
 
 @dataclass(frozen=True)
@@ -99,8 +115,8 @@ def nest_sequences(
     token_ids [sum of query_lens], the new tokens of all sequences, end to end; query_lens, context_lens, state_slots
     [n]; block_tables [G, n, W]; all integers. `num_pages` has the pool size of each KV group and `num_state_slots` that
     of the state caches, scratch included; without state caches `state_slots` may be all 0 (scratch).
-    T and S are padded with zeros up to `pad_tokens` and `pad_sequences`, and each block table is cut or padded to
-    `pages_per_sequence` (default W).
+    T and S are padded with zeros up to `pad_tokens` and `pad_sequences`, T by one more where that would promise a decode
+    step that this is not (see layout.py); each block table is cut or padded to `pages_per_sequence` (default W).
     Entries of a block table that this step does not use, those behind a sliding window among them, are packed as 0.
     Raises LayoutError, with nothing written, for a batch that would read or write what it does not own.
     """
@@ -111,19 +127,13 @@ def nest_sequences(
     _check_state_slots(batch.state_slots, num_state_slots, spec)
     tables = [_pages_in_use(tables_GSP[g], batch, g, spec, num_pages[g]) for g in range(spec.num_groups)]
 
-    padded_tokens = max(pad_tokens, len(batch.token_ids))
     padded_sequences = max(pad_sequences, len(batch.query_lens))
+    padded_tokens = max(pad_tokens, len(batch.token_ids))
+    padded_tokens = promised_tokens(padded_tokens, padded_sequences, int(batch.query_lens.max(initial=0)))
     num_columns = spec.num_columns(width)
-    size = _layout_start(padded_tokens) + padded_sequences * num_columns
     arena = arena or Arena.allocate(padded_tokens, padded_sequences, num_columns)
-    if size > arena.buffer.numel():
-        raise LayoutError(
-            f"{padded_tokens} tokens and {padded_sequences} rows of {num_columns} need {size} int32, "
-            f"the arena has {arena.buffer.numel()}",
-            fix="schedule less in one step, or allocate a larger arena",
-        )
-    nested = Nested(arena.buffer[:size], padded_tokens, num_columns)
-    _write(nested, batch, tables)
+    nested = arena.view(padded_tokens, padded_sequences, num_columns)
+    write_step(nested, batch.token_ids, batch.query_lens, batch.context_lens, batch.state_slots, tables)
     return nested
 
 
@@ -166,14 +176,25 @@ def _as_batch(
     )
 
 
-def _write(nested: Nested, batch: _Batch, tables: Sequence[np.ndarray]) -> None:
+def write_step(
+    nested: Nested,
+    token_ids: np.ndarray,
+    query_lens: np.ndarray,
+    context_lens: np.ndarray,
+    state_slots: np.ndarray,
+    tables: Sequence[np.ndarray],
+) -> None:
+    """Fill `nested`, which lies on the CPU, with n sequences as `nest_sequences` takes them, and zeros.
+
+    `tables` [n, P] per KV group hold 0 wherever this step neither reads nor writes. Nothing is checked.
+    """
     packed = nested.buffer.numpy()
     packed.fill(0)
-    packed[: len(batch.token_ids)] = batch.token_ids
-    rows = packed[_layout_start(nested.num_tokens) :].reshape(-1, nested.num_columns)[: len(batch.query_lens)]
-    rows[:, QUERY_LEN] = batch.query_lens
-    rows[:, CONTEXT_LEN] = batch.context_lens
-    rows[:, STATE_SLOT] = batch.state_slots
+    packed[: len(token_ids)] = token_ids
+    rows = nested.layout.numpy()[: len(query_lens)]
+    rows[:, QUERY_LEN] = query_lens
+    rows[:, CONTEXT_LEN] = context_lens
+    rows[:, STATE_SLOT] = state_slots
     width = (nested.num_columns - NUM_FIXED_COLUMNS) // max(1, len(tables))
     for group, table_SP in enumerate(tables):
         first = NUM_FIXED_COLUMNS + group * width

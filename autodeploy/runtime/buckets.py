@@ -5,13 +5,23 @@ torch.compile turns a size of 0 or 1 into a constant, so no size is ever below 2
 their cost is linear, and a step of n sequences should not pay for more. P is: every backend reads whole tables, and
 a P that grows by one every `page_size` steps would change all memory sizes each time. Its buckets
 2, 3, 4, 6, 8, 12, 16, 24, ... waste less than half of what is read.
+
+A decode step that is captured as a CUDA graph is captured once per sizes, so these are coarser: S is 2, 4 or a multiple
+of 8, and P a power of two from 64 on. A smaller P would save nothing: 64 pages of each of 64 sequences are 16 KiB, which
+take less time to copy than the copy takes to start. Always the largest would do with fewer captures, but send 128 KiB
+for 64 sequences of at most 8,192 tokens, and hide from the kernels, which cannot read lengths, how the work is to be
+split.
 """
 
 from __future__ import annotations
 
 from typing import NamedTuple
 
+from autodeploy.metadata.layout import promised_tokens
+
 MIN_SIZE = 2
+_CAPTURED_ROWS = 8
+_CAPTURED_PAGES = 64
 
 
 class StepSizes(NamedTuple):
@@ -22,10 +32,26 @@ class StepSizes(NamedTuple):
     pages_per_sequence: int
 
 
-def padded_sizes(num_tokens: int, num_sequences: int, pages_per_sequence: int, max_pages: int) -> StepSizes:
-    """The sizes to pad a step to; `max_pages` (at least 2) bounds the pages of any sequence."""
+def padded_sizes(
+    num_tokens: int, num_sequences: int, longest_query: int, pages_per_sequence: int, max_pages: int
+) -> StepSizes:
+    """The sizes to pad a step to, whose longest row has `longest_query` new tokens.
+
+    `max_pages` (at least 2) bounds the pages of any sequence.
+    """
     pages = min(_page_bucket(pages_per_sequence), max_pages)
-    return StepSizes(max(MIN_SIZE, num_tokens), max(MIN_SIZE, num_sequences), pages)
+    rows = max(MIN_SIZE, num_sequences)
+    return StepSizes(promised_tokens(max(MIN_SIZE, num_tokens), rows, longest_query), rows, pages)
+
+
+def captured_sizes(num_sequences: int, pages_per_sequence: int, max_num_seqs: int, max_pages: int) -> StepSizes:
+    """The sizes to pad a decode step of `num_sequences` to for a CUDA graph; `max_num_seqs` bounds them."""
+    rows = -(-num_sequences // _CAPTURED_ROWS) * _CAPTURED_ROWS
+    if num_sequences <= _CAPTURED_ROWS // 2:
+        rows = 4 if num_sequences > MIN_SIZE else MIN_SIZE
+    rows = max(MIN_SIZE, min(rows, max_num_seqs))
+    pages = max(_CAPTURED_PAGES, 1 << (pages_per_sequence - 1).bit_length())
+    return StepSizes(rows, rows, min(pages, max_pages))
 
 
 def _page_bucket(pages: int) -> int:

@@ -1,9 +1,9 @@
-"""The loop on the host: schedule, nest, copy, step, sample, commit."""
+"""The loop on the host: schedule, pack, copy, step, sample, commit."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, field, replace
 from time import perf_counter
 from typing import NamedTuple
 
@@ -14,22 +14,21 @@ from torch import Tensor
 
 from autodeploy.errors import OptionError
 from autodeploy.metadata.layout import LayoutSpec
-from autodeploy.metadata.nest import Arena, Nested, nest_sequences
+from autodeploy.metadata.nest import Nested
 from autodeploy.ops.spec import CacheSpec
-from autodeploy.runtime.buckets import MIN_SIZE, padded_sizes
+from autodeploy.runtime.buckets import MIN_SIZE, StepSizes, captured_sizes, padded_sizes
 from autodeploy.runtime.caches import allocate_caches
+from autodeploy.runtime.capture import CapturedStep, CudaGraphs, Graphs, Step
 from autodeploy.runtime.detokenizer import Detokenizer, Tokenizer
+from autodeploy.runtime.packer import Packer
 from autodeploy.runtime.pages import BlockTables
 from autodeploy.runtime.requests import Request, SamplingParams, Status, as_prompt, make_request
 from autodeploy.runtime.sampler import sample_tokens
-from autodeploy.runtime.scheduler import Scheduler
-
-Step = Callable[..., Tensor]
-Batch = list[tuple[Request, int]]
-
+from autodeploy.runtime.scheduler import Batch, Scheduler
+from autodeploy.runtime.staging import Fetch, Link, Staging
 
 class StepOutput(NamedTuple):
-    """What one step gave to one request."""
+    """What one step gave to one request; `text` is what has become certain since it was last asked for."""
 
     request: Request
     token_id: int
@@ -37,12 +36,31 @@ class StepOutput(NamedTuple):
     finished: bool
 
 
+@dataclass(frozen=True)
+class StepOutputs:
+    """What one step gave: `token_ids` [k] int64 to `requests`, of which `finished` have ended.
+
+    Iterating over it asks each request for its text, which takes longer than all the rest.
+    """
+
+    requests: Sequence[Request] = ()
+    token_ids: np.ndarray = field(default_factory=lambda: np.empty(0, dtype=np.int64))
+    finished: Sequence[Request] = ()
+
+    def __len__(self) -> int:
+        return len(self.requests)
+
+    def __iter__(self) -> Iterator[StepOutput]:
+        for request, token in zip(self.requests, self.token_ids.tolist(), strict=True):
+            yield StepOutput(request, token, request.take_text(), request.status is Status.FINISHED)
+
+
 @dataclass
 class EngineStats:
     """Totals since the engine was made; over `num_steps` they are averages per step.
 
-    `host_seconds` is the time around the compiled step and the sampling: scheduling, nesting, the copy, bookkeeping.
-    Host-to-device copies are one per step, and one more where a request is not greedy.
+    `host_seconds` is the time around the compiled step and the sampling: scheduling, packing, starting the copy,
+    bookkeeping. Host-to-device copies are one per step, and one more where a request is not greedy.
     """
 
     num_steps: int = 0
@@ -57,6 +75,7 @@ class Engine:
     """Runs requests through `step(input_ids [T] int32, layout [S, C] int32, *caches) -> logits [S, V]`.
 
     `cache_specs` are in the order of the step's cache arguments. `num_pages` is per KV group, scratch page included.
+    On a CUDA device decode steps run as CUDA graphs, made by `graphs` where it is given, unless `cuda_graphs` is False.
     Single-threaded: `add`, `cancel` and `step` are to be called from one thread.
     """
 
@@ -73,24 +92,32 @@ class Engine:
         max_num_tokens: int = 512,
         eos_token_ids: Iterable[int] = (),
         tokenizer: Tokenizer | None = None,
+        cuda_graphs: bool = True,
+        graphs: Graphs | None = None,
     ) -> None:
         for name, value in (("max_model_len", max_model_len), ("max_num_seqs", max_num_seqs)):
             if value < 1:
                 raise OptionError(f"{name} is {value}", where="Engine", fix="it must be at least 1")
+        device = torch.device(device)
         max_pages = max(MIN_SIZE, -(-max_model_len // layout_spec.page_size))
+        max_rows = max(MIN_SIZE, max_num_seqs)
         self.stats = EngineStats()
         self._step = step
         self._spec = layout_spec
-        self._device = torch.device(device)
-        self._num_pages = tuple(num_pages)
         self._eos_token_ids = frozenset(eos_token_ids)
         self._tokenizer = tokenizer
         self._tables = BlockTables(layout_spec, num_pages, max_num_seqs, max_pages)
         self._scheduler = Scheduler(self._tables, max_num_tokens=max_num_tokens, max_model_len=max_model_len)
-        self._arena = Arena.allocate(
-            max(MIN_SIZE, max_num_tokens), max(MIN_SIZE, max_num_seqs), layout_spec.num_columns(max_pages)
-        )
-        self._caches = allocate_caches(cache_specs, layout_spec.page_size, num_pages, max_num_seqs, self._device)
+        link = Link(device)
+        # One token more than the budget, for the promise of a decode step.
+        most_tokens = max(max_rows, max_num_tokens) + 1
+        self._staging = Staging(link, most_tokens, max_rows, layout_spec.num_columns(max_pages))
+        self._packer = Packer(self._staging, self._tables, self._scheduler.sequences)
+        self._fetch = Fetch(link, max_rows)
+        self._caches = allocate_caches(cache_specs, layout_spec.page_size, num_pages, max_num_seqs, device)
+        if graphs is None and cuda_graphs and device.type == "cuda":
+            graphs = CudaGraphs(device)
+        self._captured = graphs and CapturedStep(step, self._staging.buffer, self._caches, max_rows, graphs)
 
     @property
     def has_work(self) -> bool:
@@ -118,86 +145,94 @@ class Engine:
 
     def cancel(self, request: Request) -> None:
         """End a request now and free what it owns; nothing happens to one that is finished."""
-        if request.status is Status.FINISHED:
-            return
-        if request.detokenizer is not None:
-            request.text += request.detokenizer.flush()
         self._scheduler.finish(request, "cancelled")
 
-    def step(self) -> list[StepOutput]:
-        """Run one step; returns one entry per request that got a token. Empty if there was nothing to do.
+    def step(self) -> StepOutputs:
+        """Run one step; returns what each request got that got a token. Nothing if there was nothing to do.
 
         If the step raises, so does this, and every running request waits again with the tokens it had.
         """
         if not self.has_work:
-            return []
+            return StepOutputs()
         start = perf_counter()
         batch = self._scheduler.schedule()
-        assert batch, "the oldest request can always run"
-        sampled = [(row, r) for row, (r, count) in enumerate(batch) if r.num_computed + count == r.num_tokens]
-        rows, requests = [row for row, _ in sampled], [request for _, request in sampled]
         try:
-            nested = self._nest(batch).to(self._device)
+            sizes = self._sizes(batch)
+            inputs = self._send(batch, sizes)
             launched = perf_counter()
             with torch.no_grad():
-                logits = self._step(nested.input_ids, nested.layout, *self._caches)
-                tokens, sampler_bytes = sample_tokens(logits, rows, requests)
+                tokens, sampler_bytes = self._compute(batch, sizes, inputs)
             returned = perf_counter()
             self._scheduler.commit(batch)
-            outputs = [self._advance(request, token) for request, token in zip(requests, tokens, strict=True)]
+            outputs = self._advance(batch, tokens)
         except BaseException:
             self._scheduler.put_back()
             raise
-        self._count(batch, nested, sampler_bytes, launched - start + perf_counter() - returned)
+        self._count(batch.num_tokens, inputs, sampler_bytes, launched - start + perf_counter() - returned)
         return outputs
 
     def _detokenizer(self, params: SamplingParams) -> Detokenizer | None:
         return Detokenizer(self._tokenizer, params.stop) if self._tokenizer else None
 
-    def _nest(self, batch: Batch) -> Nested:
-        requests = [request for request, _ in batch]
-        query_lens = np.array([count for _, count in batch])
-        context_lens = np.array([request.num_computed for request in requests])
-        rows = np.array([request.row for request in requests])
-        tokens = [r.tokens[r.num_computed : r.num_computed + count] for r, count in batch]
-        longest = -(-int((query_lens + context_lens).max()) // self._spec.page_size)
-        sizes = padded_sizes(int(query_lens.sum()), len(batch), longest, self._tables.tables.shape[2])
-        return nest_sequences(
-            np.concatenate(tokens),
-            query_lens,
-            context_lens,
-            self._tables.tables[:, rows, : sizes.pages_per_sequence],
-            rows + 1,
-            self._spec,
-            num_pages=self._num_pages,
-            num_state_slots=self._tables.tables.shape[1] + 1,
-            arena=self._arena,
-            pad_tokens=sizes.num_tokens,
-            pad_sequences=sizes.num_sequences,
-            pages_per_sequence=sizes.pages_per_sequence,
-        )
+    def _sizes(self, batch: Batch) -> StepSizes:
+        _, max_num_seqs, max_pages = self._tables.tables.shape
+        pages = -(-batch.longest // self._spec.page_size)
+        if self._captured and batch.is_decode:
+            return captured_sizes(len(batch.rows), pages, max_num_seqs, max_pages)
+        longest_query = 1 if batch.is_decode else int(batch.query_lens.max())
+        return padded_sizes(batch.num_tokens, len(batch.rows), longest_query, pages, max_pages)
 
-    def _advance(self, request: Request, token: int) -> StepOutput:
-        """Give a request its token, and end it if that was the last."""
-        is_last = request.num_tokens + 1 == len(request.tokens)
-        is_eos = token in self._eos_token_ids and not request.params.ignore_eos
-        text, stopped = "", False
-        # Text first: a tokenizer may raise, and then the request must not have its token yet.
-        if detokenizer := request.detokenizer:
-            text = "" if is_eos else detokenizer.push(token)
-            text += detokenizer.flush() if is_eos or is_last else ""
-            stopped = detokenizer.stopped
-        request.append(token)
-        request.text += text
-        if is_eos or stopped or is_last:
-            self._scheduler.finish(request, "stop" if is_eos or stopped else "length")
-        return StepOutput(request, token, text, request.status is Status.FINISHED)
+    def _send(self, batch: Batch, sizes: StepSizes) -> Nested:
+        """Pack a step and start copying it; returns it as it lies on the device."""
+        nested = self._packer.pack(batch, sizes)
+        self._staging.send(nested)
+        return replace(nested, buffer=self._staging.buffer[: nested.buffer.numel()])
 
-    def _count(self, batch: Batch, nested: Nested, sampler_bytes: int, host_seconds: float) -> None:
+    def _compute(self, batch: Batch, sizes: StepSizes, inputs: Nested) -> tuple[np.ndarray, int]:
+        """Run a step: the tokens [k] int64 of `batch.sampled`, and the bytes copied to the device to choose them."""
+        if self._captured and batch.is_decode:
+            logits, best = self._captured(sizes, inputs)
+        else:
+            logits, best = self._step(inputs.input_ids, inputs.layout, *self._caches), None
+        drawing, num_sampled = batch.drawing, len(batch.sampled)
+        if len(drawing) < num_sampled:
+            # Over all rows, padding too: cheaper than sending an index to the device.
+            tokens = self._fetch(logits.argmax(dim=-1) if best is None else best)[batch.places]
+        else:
+            tokens = np.empty(num_sampled, dtype=np.int64)
+        if not drawing:
+            return tokens, 0
+        rows = np.arange(len(batch.rows))[batch.places][drawing]
+        drawn, num_bytes = sample_tokens(logits, rows.tolist(), [batch.sampled[place] for place in drawing])
+        tokens[drawing] = self._fetch(drawn)
+        return tokens, num_bytes
+
+    def _advance(self, batch: Batch, tokens: np.ndarray) -> StepOutputs:
+        """Give the requests of a batch their tokens, and end those for which it was the last."""
+        is_last = self._scheduler.append(batch, tokens)
+        is_eos = np.zeros_like(is_last)
+        for eos in self._eos_token_ids:
+            is_eos |= tokens == eos
+        is_eos &= batch.heeds_eos
+        finished = []
+        for place in (is_last | is_eos).nonzero()[0].tolist():
+            request = batch.sampled[place]
+            request.ends_with_eos = bool(is_eos[place])
+            self._scheduler.finish(request, "stop" if is_eos[place] else "length")
+            finished.append(request)
+        # Behind all else: a tokenizer may raise, and by now every request has its token.
+        stopped = [request for request in batch.with_stop_strings if request.is_stopped()]
+        for request in stopped:
+            self._scheduler.finish(request, "stop")
+            request.finish_reason = "stop"
+        finished += [request for request in stopped if request not in finished]
+        return StepOutputs(batch.sampled, tokens, finished)
+
+    def _count(self, num_tokens: int, inputs: Nested, sampler_bytes: int, host_seconds: float) -> None:
         stats = self.stats
         stats.num_steps += 1
-        stats.num_tokens += sum(count for _, count in batch)
+        stats.num_tokens += num_tokens
         stats.num_preemptions = self._scheduler.num_preemptions
         stats.num_host_to_device_copies += 1 + (sampler_bytes > 0)
-        stats.host_to_device_bytes += nested.buffer.nbytes + sampler_bytes
+        stats.host_to_device_bytes += inputs.buffer.nbytes + sampler_bytes
         stats.host_seconds += host_seconds

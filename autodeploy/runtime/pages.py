@@ -7,6 +7,7 @@ engine and is changed only where something changed. Row r of the tables belongs 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import numpy as np
 
@@ -21,6 +22,18 @@ def pages_needed(num_tokens: int, page_size: int, window: int | None) -> int:
     return pages if window is None else min(pages, (window + page_size - 2) // page_size + 1)
 
 
+class Change(NamedTuple):
+    """What one decode step changed in the block tables of `group`: entries of some of its sequences.
+
+    `sequences` [k] are places in the batch, `entries` [k] columns of their tables, `pages` [k] what is there now.
+    """
+
+    group: int
+    sequences: np.ndarray
+    entries: np.ndarray
+    pages: np.ndarray
+
+
 class PagePool:
     """The pages of one KV group: 1 .. num_pages - 1, each free or in exactly one row of `table` [N, P] int32.
 
@@ -30,13 +43,19 @@ class PagePool:
     def __init__(self, table: np.ndarray, num_pages: int) -> None:
         self.table = table
         self.num_pages = num_pages
-        self.first = [0] * len(table)
+        self.first = np.zeros(len(table), dtype=np.int64)
         # Taken from the back, so that the lowest and most recently used pages go first.
         self.free = list(range(num_pages - 1, SCRATCH_PAGE, -1))
 
     def fill(self, row: int, first: int, end: int) -> None:
         """Put free pages into entries first .. end - 1; the caller has checked that there are as many."""
-        self.table[row, first:end] = [self.free.pop() for _ in range(end - first)]
+        self.table[row, first:end] = self.take(end - first)
+
+    def take(self, count: int) -> list[int]:
+        """`count` free pages, which the caller has checked that there are, the last freed first."""
+        taken = self.free[len(self.free) - count :]
+        del self.free[len(self.free) - count :]
+        return taken[::-1]
 
     def drop_before(self, row: int, entry: int) -> None:
         """Free the pages of a row before `entry`."""
@@ -66,7 +85,7 @@ class BlockTables:
         self.pools = [PagePool(table, count) for table, count in zip(self.tables, num_pages, strict=True)]
         self.free_rows = list(range(max_num_seqs - 1, -1, -1))
         # How many entries of each row have been filled, the same in all groups.
-        self.ends = [0] * max_num_seqs
+        self.ends = np.zeros(max_num_seqs, dtype=np.int64)
 
     def fits_alone(self, num_tokens: int) -> bool:
         """Whether a sequence can grow to `num_tokens` if it has the pools to itself."""
@@ -97,11 +116,11 @@ class BlockTables:
     def capacity(self, row: int) -> int:
         """How many tokens the row could hold if it took every free page."""
         free = min((len(pool.free) for pool in self.pools), default=self.tables.shape[2])
-        return self.spec.page_size * (self.ends[row] + free)
+        return self.spec.page_size * (int(self.ends[row]) + free)
 
     def extend(self, row: int, num_tokens: int) -> bool:
         """Give the row pages for positions up to `num_tokens`, in every group or, where one lacks them, in none."""
-        first, end = self.ends[row], -(-num_tokens // self.spec.page_size)
+        first, end = int(self.ends[row]), -(-num_tokens // self.spec.page_size)
         if end <= first:
             return True
         if any(end - first > len(pool.free) for pool in self.pools):
@@ -116,3 +135,37 @@ class BlockTables:
         for group, pool in enumerate(self.pools):
             if self.spec.windows[group] is not None:
                 pool.drop_before(row, self.spec.first_read_page(group, context_len))
+
+    def extend_each(self, rows: np.ndarray, context_lens: np.ndarray) -> list[Change] | None:
+        """A page for those of `rows` [n] that have none for their next token, that at position `context_lens` [n].
+
+        None, with nothing changed, where some group lacks pages.
+        """
+        ends = self.ends.take(rows)
+        full = (context_lens == ends * self.spec.page_size).nonzero()[0]
+        if not full.size:
+            return []
+        if any(full.size > len(pool.free) for pool in self.pools):
+            return None
+        rows, ends = rows[full], ends[full]
+        self.ends[rows] = ends + 1
+        changes = [Change(g, full, ends, np.array(pool.take(full.size))) for g, pool in enumerate(self.pools)]
+        for pool, change in zip(self.pools, changes, strict=True):
+            pool.table[rows, ends] = change.pages
+        return changes
+
+    def drop_each(self, rows: np.ndarray, context_lens: np.ndarray) -> list[Change]:
+        """As `drop_unread` for each of `rows` [n], after a decode step: a window has left at most one page of each."""
+        changes = []
+        for group, pool in enumerate(self.pools):
+            if self.spec.windows[group] is None:
+                continue
+            first = pool.first.take(rows)
+            behind = (self.spec.first_read_page(group, context_lens) > first).nonzero()[0]
+            if behind.size:
+                dropped, first = rows[behind], first[behind]
+                pool.free += pool.table[dropped, first].tolist()
+                pool.table[dropped, first] = SCRATCH_PAGE
+                pool.first[dropped] = first + 1
+                changes.append(Change(group, behind, first, np.zeros_like(first)))
+        return changes

@@ -15,6 +15,7 @@ from autodeploy.errors import OptionError
 from autodeploy.runtime.detokenizer import Detokenizer
 
 FinishReason = Literal["stop", "length", "cancelled"]
+NUM_TOKENS, NUM_COMPUTED = 0, 1
 
 
 @dataclass(frozen=True)
@@ -81,34 +82,72 @@ class RequestOutput:
 class Request:
     """One sequence on its way through the engine; changed by the engine and the scheduler only.
 
-    `tokens` [prompt + max_tokens] int32 holds the prompt and then what was generated, `num_tokens` of it valid, the
-    first `num_computed` of those cached. `row` is its place in the block tables while it runs, else -1.
+    `tokens` [prompt + max_tokens] int32 holds the prompt and then what was generated. `counts` [2] int64 says how many
+    of them there are and how many of those are cached. `row` is its place in the block tables while it runs, else -1;
+    while it runs, both arrays are views of the engine's (sequences.py). A last token that ends the sequence is no text.
     """
 
     prompt_token_ids: tuple[int, ...]
     params: SamplingParams
     tokens: np.ndarray
+    counts: np.ndarray
     generator: torch.Generator | None = None
     detokenizer: Detokenizer | None = None
     status: Status = Status.WAITING
-    num_tokens: int = field(init=False)
-    num_computed: int = 0
     row: int = -1
-    text: str = ""
     finish_reason: FinishReason | None = None
+    ends_with_eos: bool = False
+    _text: str = ""
+    _num_decoded: int = field(init=False)
+    _num_taken: int = 0
 
     def __post_init__(self) -> None:
-        self.num_tokens = len(self.prompt_token_ids)
+        self._num_decoded = len(self.prompt_token_ids)
+
+    @property
+    def num_tokens(self) -> int:
+        """How many tokens are known, those of the prompt included."""
+        return int(self.counts[NUM_TOKENS])
+
+    @property
+    def num_computed(self) -> int:
+        """How many of the tokens are cached."""
+        return int(self.counts[NUM_COMPUTED])
+
+    @num_computed.setter
+    def num_computed(self, count: int) -> None:
+        self.counts[NUM_COMPUTED] = count
 
     @property
     def token_ids(self) -> tuple[int, ...]:
         """The tokens generated so far."""
         return tuple(self.tokens[len(self.prompt_token_ids) : self.num_tokens].tolist())
 
-    def append(self, token: int) -> None:
-        """Add a generated token."""
-        self.tokens[self.num_tokens] = token
-        self.num_tokens += 1
+    @property
+    def text(self) -> str:
+        """The text that is certain by now ("" without a tokenizer), all of it once the request has ended."""
+        self._decode()
+        return self._text
+
+    def _decode(self) -> None:
+        if self.detokenizer is None:
+            return
+        for token in self.tokens[self._num_decoded : self.num_tokens - self.ends_with_eos].tolist():
+            self._text += self.detokenizer.push(token)
+            self._num_decoded += 1
+        if self.status is Status.FINISHED:
+            self._text += self.detokenizer.flush()
+
+    def take_text(self) -> str:
+        """The text that has become certain since it was last taken."""
+        text = self.text
+        taken, self._num_taken = self._num_taken, len(text)
+        return text[taken:]
+
+    def is_stopped(self) -> bool:
+        """Whether its text has come to a stop string."""
+        self._decode()
+        return self.detokenizer is not None and self.detokenizer.stopped
 
     def output(self) -> RequestOutput:
         """The result so far."""
@@ -133,4 +172,5 @@ def make_request(prompt: np.ndarray, params: SamplingParams, detokenizer: Detoke
         generator = torch.Generator().manual_seed(seed)
     tokens = np.zeros(len(prompt) + params.max_tokens, dtype=np.int32)
     tokens[: len(prompt)] = prompt
-    return Request(tuple(prompt.tolist()), params, tokens, generator, detokenizer)
+    counts = np.array([len(prompt), 0], dtype=np.int64)
+    return Request(tuple(prompt.tolist()), params, tokens, counts, generator, detokenizer)

@@ -10,24 +10,17 @@ from torch import Tensor
 from autodeploy.runtime.requests import Request
 
 
-def sample_tokens(logits: Tensor, rows: Sequence[int], requests: Sequence[Request]) -> tuple[list[int], int]:
-    """The next token of each of `requests`, whose logits are `rows` of `logits` [S, V] (any float dtype).
+def sample_tokens(logits: Tensor, rows: Sequence[int], requests: Sequence[Request]) -> tuple[Tensor, int]:
+    """The next tokens [R] int64 of `requests`, none of them greedy, whose logits are `rows` of `logits` [S, V].
 
     A request's random number comes from its own generator, so its choice does not depend on the rest of the batch.
-    Also returns the bytes copied to the device: 0 if all are greedy.
+    Also returns the bytes copied to the device.
     """
-    # Over all rows, padding too: cheaper than sending an index to the device.
-    greedy = logits.argmax(dim=-1).tolist() if any(request.generator is None for request in requests) else []
-    drawn = [(row, request) for row, request in zip(rows, requests, strict=True) if request.generator is not None]
-    if not drawn:
-        return [greedy[row] for row in rows], 0
+    drawn = zip(rows, requests, strict=True)
     settings_R5 = torch.tensor([_settings(row, r, logits.shape[-1]) for row, r in drawn], dtype=torch.float64)
-    moved = settings_R5.to(logits.device)
-    row_R, *columns = moved.unbind(1)
-    filtered = any(request.params.top_k or request.params.top_p < 1 for _, request in drawn)
-    tokens = iter(_sample(logits[row_R.long()], *columns, filtered=filtered).tolist())
-    chosen = [greedy[row] if r.generator is None else next(tokens) for row, r in zip(rows, requests, strict=True)]
-    return chosen, settings_R5.nbytes
+    row_R, *columns = settings_R5.to(logits.device).unbind(1)
+    filtered = any(request.params.top_k or request.params.top_p < 1 for request in requests)
+    return _sample(logits[row_R.long()], *columns, filtered=filtered), settings_R5.nbytes
 
 
 def _settings(row: int, request: Request, vocabulary: int) -> tuple[float, ...]:

@@ -6,16 +6,80 @@ youngest running request can be in the middle of its prompt: the order of arriva
 
 The oldest request takes at least one token in every step and is never preempted, and any request fits the pools alone,
 so every request ends.
+
+Where all that runs decodes and nothing new can start, the next step has the requests of the last one, in the same
+order; such a step is scheduled with a few array operations and without a look at any request.
 """
 
 from __future__ import annotations
 
 from collections import deque
 from collections.abc import Iterable
+from dataclasses import dataclass, field
+from functools import cached_property
+
+import numpy as np
 
 from autodeploy.errors import OptionError, RequestTooLong
-from autodeploy.runtime.pages import BlockTables
+from autodeploy.runtime.pages import BlockTables, Change
 from autodeploy.runtime.requests import FinishReason, Request, Status
+from autodeploy.runtime.sequences import Sequences
+
+
+@dataclass(eq=False)
+class Batch:
+    """The requests of one step, or of all decode steps in a row as long as they stay the same.
+
+    `rows` [n], `query_lens` [n] and `context_lens` [n], int64, are those of the next step; where that `is_decode`, every
+    query_len is 1 and every request is sampled. Those that are stand at `places` of the batch. `longest` sequence has as
+    many tokens, cached and new. `changes` lists what became of the block tables since the first of these steps.
+    """
+
+    requests: list[Request]
+    rows: np.ndarray
+    query_lens: np.ndarray
+    context_lens: np.ndarray
+    places: np.ndarray | slice
+    is_decode: bool
+    num_tokens: int
+    longest: int
+    changes: list[Change] = field(default_factory=list)
+
+    @staticmethod
+    def of(requests: list[Request], query_lens: list[int], sequences: Sequences) -> Batch:
+        """The first step of these requests."""
+        rows = np.array([request.row for request in requests])
+        lengths, context_lens = np.array(query_lens), sequences.num_computed[rows]
+        seq_lens = context_lens + lengths
+        places = (seq_lens == sequences.num_tokens[rows]).nonzero()[0]
+        is_decode = len(places) == len(rows) == sum(query_lens)
+        sampled = slice(len(rows)) if is_decode else places
+        return Batch(requests, rows, lengths, context_lens, sampled, is_decode, sum(query_lens), int(seq_lens.max()))
+
+    @cached_property
+    def sampled(self) -> list[Request]:
+        """The requests that get a token [k]."""
+        return self.requests if self.is_decode else [self.requests[place] for place in self.places]
+
+    @cached_property
+    def limits(self) -> np.ndarray:
+        """[k] The number of tokens at which each sampled request ends."""
+        return np.array([len(request.tokens) for request in self.sampled], dtype=np.int64)
+
+    @cached_property
+    def heeds_eos(self) -> np.ndarray:
+        """[k] Whether an end-of-sequence token ends each sampled request."""
+        return np.array([not request.params.ignore_eos for request in self.sampled], dtype=bool)
+
+    @cached_property
+    def drawing(self) -> list[int]:
+        """Which of the sampled requests are not greedy."""
+        return [index for index, request in enumerate(self.sampled) if request.generator is not None]
+
+    @cached_property
+    def with_stop_strings(self) -> list[Request]:
+        """The sampled requests whose text may end them."""
+        return [request for request in self.sampled if request.params.stop]
 
 
 class Scheduler:
@@ -31,11 +95,13 @@ class Scheduler:
                 fix="a step needs a token for every running sequence: raise max_num_tokens or lower max_num_seqs",
             )
         self.tables = tables
+        self.sequences = Sequences(len(tables.free_rows), max_model_len)
         self.max_num_tokens = max_num_tokens
         self.max_model_len = max_model_len
         self.waiting: deque[Request] = deque()
         self.running: list[Request] = []
         self.num_preemptions = 0
+        self._decoding: Batch | None = None
 
     def check_length(self, prompt_len: int, max_tokens: int) -> None:
         """Raise RequestTooLong for a request that could not end even if it ran alone."""
@@ -57,27 +123,40 @@ class Scheduler:
         """Queue requests whose lengths have been checked."""
         self.waiting.extend(requests)
 
-    def schedule(self) -> list[tuple[Request, int]]:
+    def schedule(self) -> Batch:
         """The next step: each request with how many tokens it computes, those with one token first.
 
         Gives rows and pages away, but counts no token as computed: `commit` does, once the step has returned.
         """
-        counts: dict[Request, int] = {}
-        for request in tuple(self.running):
-            if request.status is Status.RUNNING:
-                self._grow(request, counts)
-        while self.waiting and self._budget(counts) > 0 and self.tables.fits_now(self.waiting[0].num_tokens):
-            request = self.waiting.popleft()
-            request.row, request.status = self.tables.acquire(), Status.RUNNING
-            self.running.append(request)
-            self._grow(request, counts)
-        return sorted(counts.items(), key=lambda item: item[1] > 1)
+        batch = self._decoding
+        if batch is None or self._may_start(batch.num_tokens):
+            return self._schedule_each()
+        changes = self.tables.extend_each(batch.rows, batch.context_lens)
+        if changes is None:
+            return self._schedule_each()
+        batch.changes += changes
+        return batch
 
-    def commit(self, batch: Iterable[tuple[Request, int]]) -> None:
+    def commit(self, batch: Batch) -> None:
         """Count a step's tokens as computed and free the pages that fell behind a window."""
-        for request, count in batch:
-            request.num_computed += count
+        batch.context_lens += batch.query_lens
+        self.sequences.num_computed[batch.rows] = batch.context_lens
+        if batch.is_decode:
+            batch.longest += 1
+            batch.changes += self.tables.drop_each(batch.rows, batch.context_lens)
+            # Not where the youngest sits out.
+            self._decoding = batch if len(batch.requests) == len(self.running) else None
+            return
+        for request in batch.requests:
             self.tables.drop_unread(request.row, request.num_computed)
+
+    def append(self, batch: Batch, tokens: np.ndarray) -> np.ndarray:
+        """Add `tokens` [k] to the sampled requests of a batch that is committed; returns [k] bool, which are complete."""
+        rows, lengths = batch.rows[batch.places], batch.context_lens[batch.places]
+        self.sequences.tokens[rows, lengths] = tokens
+        lengths = lengths + 1
+        self.sequences.num_tokens[rows] = lengths
+        return lengths == batch.limits
 
     def finish(self, request: Request, reason: FinishReason) -> None:
         """End a request, wherever it stands, and free what it owns. A finished one stays as it is."""
@@ -93,6 +172,28 @@ class Scheduler:
         """Preempt everything that runs: after a failed step nobody knows what the caches hold."""
         while self.running:
             self._preempt(self.running[-1])
+
+    def _may_start(self, num_scheduled: int) -> bool:
+        """Whether a waiting request would start beside `num_scheduled` tokens."""
+        waiting = self.waiting
+        return bool(waiting) and num_scheduled < self.max_num_tokens and self.tables.fits_now(waiting[0].num_tokens)
+
+    def _schedule_each(self) -> Batch:
+        """Any step, by a look at each request."""
+        self._decoding = None
+        counts: dict[Request, int] = {}
+        for request in tuple(self.running):
+            if request.status is Status.RUNNING:
+                self._grow(request, counts)
+        while self._may_start(sum(counts.values())):
+            request = self.waiting.popleft()
+            self.sequences.enter(request, self.tables.acquire())
+            request.status = Status.RUNNING
+            self.running.append(request)
+            self._grow(request, counts)
+        assert counts, "the oldest request can always run"
+        ordered = sorted(counts.items(), key=lambda item: item[1] > 1)
+        return Batch.of([request for request, _ in ordered], [count for _, count in ordered], self.sequences)
 
     def _budget(self, counts: dict[Request, int]) -> int:
         return self.max_num_tokens - sum(counts.values())
@@ -127,9 +228,10 @@ class Scheduler:
         self.num_preemptions += 1
 
     def _release(self, request: Request) -> None:
+        self._decoding = None
         self.tables.release(request.row)
         self.running.remove(request)
-        request.row = -1
+        self.sequences.leave(request)
 
 
 def _num_left(request: Request) -> int:
