@@ -21,9 +21,9 @@ import torch
 from torch import fx
 from torch._dynamo.utils import counters
 from torch._functorch._aot_autograd.descriptors import PlainAOTInput
-from torch._guards import CompileContext
+from torch._guards import CompileContext, TracingContext
 from torch._inductor import config as inductor_config
-from torch._inductor.custom_graph_pass import CustomInferenceAwareGraphPass, get_custom_graph_passes
+from torch._inductor import custom_graph_pass
 
 from autodeploy import pipeline
 from autodeploy.errors import AutodeployError, OptionError, PassError, UnknownName
@@ -33,6 +33,9 @@ from autodeploy.pipeline import Pass
 from autodeploy.report import Report
 
 _HOOK = "post_grad_custom_pre_pass"
+# Older versions of torch take one pass, and do not tell it whether the graph trains.
+_BASE: Any = getattr(custom_graph_pass, "CustomInferenceAwareGraphPass", custom_graph_pass.CustomGraphPass)
+_TAKES_MANY = hasattr(custom_graph_pass, "get_custom_graph_passes")
 _ON_ERROR = ("raise", "inductor")
 # Whether the code came from Inductor's cache.
 _WHY_NO_PASS = {True: "the code came from Inductor's cache", False: "Inductor had nothing to compile"}
@@ -58,7 +61,12 @@ def autodeploy(
     if on_error not in _ON_ERROR:
         raise OptionError(f"on_error={on_error!r}", fix=f"use one of {', '.join(_ON_ERROR)}")
     config = _inductor_config(mode, options)
-    theirs = get_custom_graph_passes(config.get(_HOOK, inductor_config.post_grad_custom_pre_pass))
+    theirs = _as_list(config.get(_HOOK, inductor_config.post_grad_custom_pre_pass))
+    if theirs and not _TAKES_MANY:
+        raise OptionError(
+            f"{_HOOK} is taken by another pass, and torch {torch.__version__} has room for one",
+            fix="unset it, or use torch 2.13",
+        )
     ours = _SharedMetadata(_compile_id(), _roles(gm, example_inputs), on_error == "inductor")
     config[_HOOK] = [*theirs, ours] if theirs else ours
 
@@ -80,7 +88,7 @@ def last_report() -> Report | None:
     return _reports[-1] if _reports else None
 
 
-class _SharedMetadata(CustomInferenceAwareGraphPass):
+class _SharedMetadata(_BASE):
     """Our passes, as one pass of Inductor's over the ATen graph of `graph_name` and the subgraphs in it.
 
     `roles` are those of the Dynamo graph's inputs.
@@ -90,10 +98,10 @@ class _SharedMetadata(CustomInferenceAwareGraphPass):
         self.graph_name, self.roles, self.keeps_going = graph_name, roles, keeps_going
         self.reports: list[Report] = []
 
-    def __call__(self, graph: fx.Graph, is_inference: bool) -> None:
+    def __call__(self, graph: fx.Graph, is_inference: bool | None = None) -> None:
         gm = graph.owning_module
         assert gm is not None
-        if not is_inference:
+        if is_inference is False or (is_inference is None and _is_training()):
             # Once, and not again for the backward graph.
             self.reports = [Report.without_passes(self.graph_name, "a graph that trains is left to Inductor")]
             return
@@ -126,6 +134,20 @@ class _SharedMetadata(CustomInferenceAwareGraphPass):
         if desc is not None and desc.is_param():
             return "weight"
         return _role_of_value(node.meta.get("val"))
+
+
+def _as_list(passes: Any) -> list[Any]:
+    """What Inductor's option holds: nothing, a pass, or several."""
+    if passes is None:
+        return []
+    return list(passes) if isinstance(passes, list | tuple) else [passes]
+
+
+def _is_training() -> bool:
+    """Whether AOTAutograd split the graph that is being compiled into forward and backward."""
+    metadata: Any = TracingContext.get().fw_metadata
+    assert metadata is not None
+    return metadata.is_train
 
 
 def _passes() -> list[Pass]:
