@@ -14,7 +14,7 @@ from unittest.mock import patch
 import pytest
 import torch
 import triton.language as tl
-from triton.runtime.interpreter import InterpretedFunction, _patch_lang
+from triton.runtime.interpreter import InterpretedFunction, InterpreterBuilder, _patch_lang
 from triton.runtime.jit import JITFunction
 
 from autodeploy.kernels import triton_support
@@ -26,6 +26,15 @@ def _run(kernel: JITFunction, *args: Any, **kwargs: Any) -> None:
 
 def _call(helper: JITFunction, *args: Any, **kwargs: Any) -> Any:
     return InterpretedFunction(helper.fn).rewrite()(*args, **kwargs)
+
+
+_create_dot = InterpreterBuilder.create_dot
+
+
+def _dot(builder: InterpreterBuilder, a: Any, b: Any, *rest: Any) -> Any:
+    """The interpreter keeps bfloat16 as 16-bit integers, and would multiply those."""
+    a, b = (builder.create_fp_ext(x, tl.float32) if x.dtype.scalar is tl.bfloat16 else x for x in (a, b))
+    return _create_dot(builder, a, b, *rest)
 
 
 @contextmanager
@@ -41,6 +50,7 @@ def interpreted() -> Iterator[None]:
         with (
             patch.object(JITFunction, "run", _run),
             patch.object(JITFunction, "__call__", _call),
+            patch.object(InterpreterBuilder, "create_dot", _dot),
             patch.object(triton_support, "DEVICE_TYPES", devices),
         ):
             yield

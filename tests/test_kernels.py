@@ -96,14 +96,14 @@ def make_inputs(site: Site, batch: Batch) -> Inputs:
 
 
 def pack(site: Site, batch: Batch, inputs: Inputs) -> tuple[Tensor | None, ...]:
-    """The step's new tokens of all sequences in one stream, with noise for padding."""
+    """The step's new tokens of all sequences in one stream, with noise for padding, on the site's device."""
     packed = []
     for tensors in zip(*inputs.per_token, strict=True):
         parts = [t.narrow(2, row.context_len, row.query_len) for t, row in zip(tensors, batch.rows, strict=True)]
         shape = list(tensors[0].shape)
         shape[2] = batch.num_tokens - batch.total
         packed.append(torch.cat([*parts, torch.randn(shape, dtype=site.dtype)], dim=2))
-    return (*packed, *inputs.shared)
+    return tuple(None if tensor is None else tensor.to(site.device) for tensor in (*packed, *inputs.shared))
 
 
 def canonical(site: Site, tensors: tuple[Tensor, ...], shared: tuple[Tensor | None, ...]) -> Tensor:
@@ -119,12 +119,13 @@ def make_caches(backend: Backend, site: Site, batch: Batch) -> tuple[Tensor, ...
     """Caches in which every slot is NaN."""
     slots = len(batch.rows) + 2
     sizes = {"paged": (batch.num_pages, batch.page_size), "state": (slots,)}
-    return tuple(torch.full((*sizes[spec.kind], *spec.shape), NAN, dtype=spec.dtype) for spec in backend.caches(site))
+    specs = [((*sizes[spec.kind], *spec.shape), spec.dtype) for spec in backend.caches(site)]
+    return tuple(torch.full(shape, NAN, dtype=dtype, device=site.device) for shape, dtype in specs)
 
 
 def step(backend: Backend, site: Site, batch: Batch, inputs: Inputs, caches: tuple[Tensor, ...]) -> Tensor:
     """One call of the backend on the batch: its result with tokens first, [T, ...]."""
-    metadata = backend.metadata(batch.layout(), batch.num_tokens, site)
+    metadata = backend.metadata(batch.layout().to(site.device), batch.num_tokens, site)
     out = backend.call(pack(site, batch, inputs), caches, metadata, site)[0]
     return out if site.kind == "attention" else out.T
 
@@ -132,7 +133,14 @@ def step(backend: Backend, site: Site, batch: Batch, inputs: Inputs, caches: tup
 def context_batch(batch: Batch) -> Batch:
     """The step that fills the caches with everything before `batch`."""
     rows = tuple(replace(row, query_len=row.context_len, context_len=0) for row in batch.rows)
-    return replace(batch, rows=rows, num_tokens=max(1, sum(row.query_len for row in rows)))
+    return not_a_decode_step(replace(batch, rows=rows, num_tokens=max(1, sum(row.query_len for row in rows))))
+
+
+def not_a_decode_step(batch: Batch) -> Batch:
+    """As many tokens as rows promise that token t is row t's only one: one more token where it is not so."""
+    is_promised = batch.num_tokens == len(batch.rows)
+    is_kept = all(row.query_len == 1 for row in batch.rows[: batch.total])
+    return replace(batch, num_tokens=batch.num_tokens + 1) if is_promised and not is_kept else batch
 
 
 def drop_pages_behind_window(batch: Batch, window: int | None) -> Batch:
@@ -177,8 +185,11 @@ def test_backend_is_the_canonical_op(backend: Backend, site: Site, lengths: list
     check(backend, site, make_batch(lengths, num_groups=2, padding_rows=2, padding_tokens=3, spare_pages=1))
 
 
+RUNNING = [backend for backend in backends() if any(case.values[0] is backend for case in CASES)]
+
+
 @pytest.mark.parametrize("seed", range(12))
-@pytest.mark.parametrize("backend", backends(), ids=lambda backend: f"{backend.name}-{backend.kind}")
+@pytest.mark.parametrize("backend", RUNNING, ids=lambda backend: f"{backend.name}-{backend.kind}")
 def test_backend_on_random_batches(backend: Backend, seed: int) -> None:
     shuffled = random.Random(seed)
     count = shuffled.randint(1, 6)
@@ -201,6 +212,7 @@ def test_backend_on_random_batches(backend: Backend, seed: int) -> None:
 
 def check(backend: Backend, site: Site, batch: Batch) -> None:
     torch.manual_seed(0)
+    batch = not_a_decode_step(batch)
     site = replace(site, page_size=batch.page_size, num_groups=batch.num_groups, group=batch.num_groups - 1)
     inputs = make_inputs(site, batch)
     caches = make_caches(backend, site, batch)
@@ -208,8 +220,9 @@ def check(backend: Backend, site: Site, batch: Batch) -> None:
     batch = drop_pages_behind_window(batch, site.window)
     owned = poison_unowned(site, batch, caches)
     before = [cache.clone() for cache in caches]
-    out = step(backend, site, batch, inputs, caches)
-    atol, rtol = {"attention": attention, "causal_conv1d": causal_conv1d}[site.kind].TOLERANCES[site.dtype]
+    out = step(backend, site, batch, inputs, caches).cpu()
+    cache_dtype = backend.caches(site)[0].dtype
+    atol, rtol = {"attention": attention, "causal_conv1d": causal_conv1d}[site.kind].TOLERANCES[cache_dtype]
     start = 0
     for row, tensors in zip(batch.rows, inputs.per_token, strict=True):
         got = out[start : start + row.query_len]
@@ -220,7 +233,7 @@ def check(backend: Backend, site: Site, batch: Batch) -> None:
             )
     assert not out.isnan().any()
     for old, new in zip(before, caches, strict=True):
-        assert_written(site, batch, old, new, owned)
+        assert_written(site, batch, old.double(), new.double(), owned)
 
 
 def small_case(backend: Backend, site: Site, lengths: list[tuple[int, int]]) -> tuple[Site, Batch, tuple, list[Tensor]]:
