@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import NamedTuple, NoReturn
 
 import numpy as np
@@ -80,12 +81,12 @@ class Nested:
     num_tokens: int
     num_columns: int
 
-    @property
+    @cached_property
     def input_ids(self) -> Tensor:
         """[T] int32, a view."""
         return self.buffer[: self.num_tokens]
 
-    @property
+    @cached_property
     def layout(self) -> Tensor:
         """[S, C] int32, a view."""
         return self.buffer[_layout_start(self.num_tokens) :].view(-1, self.num_columns)

@@ -15,6 +15,7 @@ split.
 
 from __future__ import annotations
 
+from functools import lru_cache
 from typing import NamedTuple
 
 from autodeploy.metadata.layout import promised_tokens
@@ -32,6 +33,7 @@ class StepSizes(NamedTuple):
     pages_per_sequence: int
 
 
+@lru_cache(maxsize=64)
 def padded_sizes(
     num_tokens: int, num_sequences: int, longest_query: int, pages_per_sequence: int, max_pages: int
 ) -> StepSizes:
@@ -44,6 +46,7 @@ def padded_sizes(
     return StepSizes(promised_tokens(max(MIN_SIZE, num_tokens), rows, longest_query), rows, pages)
 
 
+@lru_cache(maxsize=64)
 def captured_sizes(num_sequences: int, pages_per_sequence: int, max_num_seqs: int, max_pages: int) -> StepSizes:
     """The sizes to pad a decode step of `num_sequences` to for a CUDA graph; `max_num_seqs` bounds them."""
     rows = -(-num_sequences // _CAPTURED_ROWS) * _CAPTURED_ROWS

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from time import perf_counter
 from typing import NamedTuple
 
@@ -36,7 +36,7 @@ class StepOutput(NamedTuple):
     finished: bool
 
 
-@dataclass(frozen=True)
+@dataclass
 class StepOutputs:
     """What one step gave: `token_ids` [k] int64 to `requests`, of which `finished` have ended.
 
@@ -158,7 +158,7 @@ class Engine:
         batch = self._scheduler.schedule()
         try:
             sizes = self._sizes(batch)
-            inputs = self._send(batch, sizes)
+            inputs = self._staging.send(self._packer.pack(batch, sizes))
             launched = perf_counter()
             with torch.no_grad():
                 tokens, sampler_bytes = self._compute(batch, sizes, inputs)
@@ -182,12 +182,6 @@ class Engine:
         longest_query = 1 if batch.is_decode else int(batch.query_lens.max())
         return padded_sizes(batch.num_tokens, len(batch.rows), longest_query, pages, max_pages)
 
-    def _send(self, batch: Batch, sizes: StepSizes) -> Nested:
-        """Pack a step and start copying it; returns it as it lies on the device."""
-        nested = self._packer.pack(batch, sizes)
-        self._staging.send(nested)
-        return replace(nested, buffer=self._staging.buffer[: nested.buffer.numel()])
-
     def _compute(self, batch: Batch, sizes: StepSizes, inputs: Nested) -> tuple[np.ndarray, int]:
         """Run a step: the tokens [k] int64 of `batch.sampled`, and the bytes copied to the device to choose them."""
         if self._captured and batch.is_decode:
@@ -210,7 +204,7 @@ class Engine:
     def _advance(self, batch: Batch, tokens: np.ndarray) -> StepOutputs:
         """Give the requests of a batch their tokens, and end those for which it was the last."""
         is_last = self._scheduler.append(batch, tokens)
-        is_eos = np.zeros_like(is_last)
+        is_eos = np.zeros(len(tokens), dtype=bool)
         for eos in self._eos_token_ids:
             is_eos |= tokens == eos
         is_eos &= batch.heeds_eos

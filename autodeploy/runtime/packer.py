@@ -21,7 +21,10 @@ from autodeploy.runtime.staging import Staging
 
 @dataclass
 class _Packed:
-    """What an arena holds: the step `nested` of `batch`, up to the first `num_changes` changes of its tables."""
+    """What an arena holds: the step `nested` of `batch`, up to the first `num_changes` changes of its tables.
+
+    The rest are views of it: `token_ids` [sum of query_lens], `context_lens` [n], `tables` [n, G, P].
+    """
 
     batch: Batch
     sizes: StepSizes
@@ -29,7 +32,7 @@ class _Packed:
     num_changes: int
     token_ids: np.ndarray
     context_lens: np.ndarray
-    rows: np.ndarray
+    tables: np.ndarray
 
 
 class Packer:
@@ -60,17 +63,18 @@ class Packer:
         tables = self._tables.tables[:, batch.rows, : sizes.pages_per_sequence]
         write_step(nested, self._token_ids(batch), batch.query_lens, batch.context_lens, batch.rows + 1, list(tables))
         rows = nested.layout.numpy()[: len(batch.rows)]
-        token_ids = nested.input_ids.numpy()[: batch.num_tokens]
-        return _Packed(batch, sizes, nested, len(batch.changes), token_ids, rows[:, CONTEXT_LEN], rows)
+        shape = (len(batch.rows), self._spec.num_groups, sizes.pages_per_sequence)
+        views = rows[:, CONTEXT_LEN], rows[:, NUM_FIXED_COLUMNS:].reshape(shape)
+        assert not views[1].size or np.shares_memory(views[1], rows)
+        return _Packed(batch, sizes, nested, len(batch.changes), nested.input_ids.numpy()[: batch.num_tokens], *views)
 
     def _update(self, packed: _Packed) -> None:
         """The same sequences, one or more tokens further."""
         batch = packed.batch
         packed.token_ids[:] = self._token_ids(batch)
         packed.context_lens[:] = batch.context_lens
-        for group, sequences, entries, pages in batch.changes[packed.num_changes :]:
-            first = NUM_FIXED_COLUMNS + group * packed.sizes.pages_per_sequence
-            packed.rows[sequences, first + entries] = pages
+        for change in batch.changes[packed.num_changes :]:
+            packed.tables[change.sequences, change.groups, change.entries] = change.pages
         packed.num_changes = len(batch.changes)
 
     def _token_ids(self, batch: Batch) -> np.ndarray:

@@ -22,14 +22,18 @@ def pages_needed(num_tokens: int, page_size: int, window: int | None) -> int:
     return pages if window is None else min(pages, (window + page_size - 2) // page_size + 1)
 
 
-class Change(NamedTuple):
-    """What one decode step changed in the block tables of `group`: entries of some of its sequences.
+_NO_PAGE = np.array([[SCRATCH_PAGE]])
 
-    `sequences` [k] are places in the batch, `entries` [k] columns of their tables, `pages` [k] what is there now.
+
+class Change(NamedTuple):
+    """What a decode step changed in the block tables: entries of some of its sequences, in some KV groups.
+
+    `sequences` [k] are places in the batch, `groups` [g, 1], `entries` [k] columns of their tables, and
+    `pages` [g or 1, k or 1] what is there now.
     """
 
-    group: int
     sequences: np.ndarray
+    groups: np.ndarray
     entries: np.ndarray
     pages: np.ndarray
 
@@ -83,6 +87,7 @@ class BlockTables:
         self.spec = spec
         self.tables = np.full((spec.num_groups, max_num_seqs, max_pages), SCRATCH_PAGE, dtype=np.int32)
         self.pools = [PagePool(table, count) for table, count in zip(self.tables, num_pages, strict=True)]
+        self._groups = np.arange(spec.num_groups)[:, None]
         self.free_rows = list(range(max_num_seqs - 1, -1, -1))
         # How many entries of each row have been filled, the same in all groups.
         self.ends = np.zeros(max_num_seqs, dtype=np.int64)
@@ -115,15 +120,18 @@ class BlockTables:
 
     def capacity(self, row: int) -> int:
         """How many tokens the row could hold if it took every free page."""
-        free = min((len(pool.free) for pool in self.pools), default=self.tables.shape[2])
-        return self.spec.page_size * (int(self.ends[row]) + free)
+        return self.spec.page_size * (int(self.ends[row]) + self._num_free())
+
+    def _num_free(self) -> int:
+        """How many pages every group has; without groups there are no pages to lack."""
+        return min([len(pool.free) for pool in self.pools]) if self.pools else self.tables.shape[1] * self.tables.shape[2]
 
     def extend(self, row: int, num_tokens: int) -> bool:
         """Give the row pages for positions up to `num_tokens`, in every group or, where one lacks them, in none."""
         first, end = int(self.ends[row]), -(-num_tokens // self.spec.page_size)
         if end <= first:
             return True
-        if any(end - first > len(pool.free) for pool in self.pools):
+        if end - first > self._num_free():
             return False
         for pool in self.pools:
             pool.fill(row, first, end)
@@ -145,14 +153,13 @@ class BlockTables:
         full = (context_lens == ends * self.spec.page_size).nonzero()[0]
         if not full.size:
             return []
-        if any(full.size > len(pool.free) for pool in self.pools):
+        if full.size > self._num_free():
             return None
         rows, ends = rows[full], ends[full]
         self.ends[rows] = ends + 1
-        changes = [Change(g, full, ends, np.array(pool.take(full.size))) for g, pool in enumerate(self.pools)]
-        for pool, change in zip(self.pools, changes, strict=True):
-            pool.table[rows, ends] = change.pages
-        return changes
+        pages = np.array([pool.take(full.size) for pool in self.pools], dtype=np.int32).reshape(-1, full.size)
+        self.tables[self._groups, rows, ends] = pages
+        return [Change(full, self._groups, ends, pages)]
 
     def drop_each(self, rows: np.ndarray, context_lens: np.ndarray) -> list[Change]:
         """As `drop_unread` for each of `rows` [n], after a decode step: a window has left at most one page of each."""
@@ -167,5 +174,5 @@ class BlockTables:
                 pool.free += pool.table[dropped, first].tolist()
                 pool.table[dropped, first] = SCRATCH_PAGE
                 pool.first[dropped] = first + 1
-                changes.append(Change(group, behind, first, np.zeros_like(first)))
+                changes.append(Change(behind, self._groups[group : group + 1], first, _NO_PAGE))
         return changes
