@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from functools import cache
 from importlib import import_module
 from importlib.metadata import entry_points
+from types import ModuleType
 
 import torch
 
@@ -47,6 +48,12 @@ def _installed() -> tuple[Backend, ...]:
 def backends() -> tuple[Backend, ...]:
     """All backends: those registered by hand, then ours in order of preference, then those of entry points."""
     return (*_added.values(), *_installed())
+
+
+def triton_kernels(name: str, device: torch.device) -> ModuleType | None:
+    """The module of Triton kernels of that name, loaded when first asked for; None where `device` does not run them."""
+    reason = import_module("autodeploy.kernels.triton_support").why_not(device)
+    return None if reason else import_module(f"autodeploy.kernels.{name}")
 
 
 def choose_backend(site: Site, wanted: str | Mapping[str, str]) -> Backend:

@@ -1,0 +1,148 @@
+"""Linear layers for the few rows of a decode step on a GPU: one launch for up to four layers that share their input.
+
+With few rows a linear layer only reads its weights. A program owns `block_n` output features, multiplies their weights
+[block_n, block_k] by the input's [block_k, rows] on the matrix units, and keeps many tiles of weights on the way at a
+time: 3 TB/s at a latency of about a microsecond want 3 MB in flight. No sum crosses programs, so that equal inputs give
+equal bits.
+
+Shapes: M rows, K input features, N output features of one layer.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import triton
+import triton.language as tl
+from torch import Tensor
+from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
+
+# Above, libraries do as well: the input, which every program reads, is then no longer small beside the weights.
+MAX_ROWS = 16
+_MAX_LAYERS = 4
+_LINE = tl.constexpr(64)  # elements in 128 bytes, the most that one prefetch asks for
+
+
+class Config(NamedTuple):
+    """How a launch is cut: `block_n` weight rows per program, `num_stages` tiles of `block_k` columns on the way.
+
+    `early` starts while the kernel in front still runs and fetches weights until it has ended (sm_90 and later).
+    """
+
+    block_n: int
+    block_k: int
+    num_warps: int
+    num_stages: int
+    early: bool = False
+
+
+def choose_config(num_rows: int, num_features: int, input_size: int) -> Config:
+    """The launch for `num_rows` rows and `num_features` output features of all layers together."""
+    # Programs of 32 features read the input half as often, but there have to be enough of them. What is on the way
+    # is at most 60 KiB: AMD's processors have 64.
+    block_n = 16 if num_rows <= 8 and num_features <= 8192 else 32
+    block_k = min(4096 // block_n, max(16, triton.next_power_of_2(input_size)))
+    return Config(block_n, block_k, num_warps=4, num_stages=6)
+
+
+def launch(
+    input: Tensor, weights: Sequence[Tensor], bias: Tensor | None = None, config: Config | None = None
+) -> list[Tensor]:
+    """input Wᵀ of each W, accumulated in float32; `bias` [N] is added where there is one layer.
+
+    input [..., K] of M rows, weights [N_i, K], contiguous, all in one half precision -> [..., N_i], contiguous.
+    """
+    rows_MK = input.reshape(-1, input.shape[-1]).contiguous()
+    num_rows, input_size = rows_MK.shape
+    sizes = [weight.shape[0] for weight in weights]
+    assert bias is None or len(weights) == 1
+    cut = config or choose_config(num_rows, sum(sizes), input_size)
+    outputs = [input.new_empty(*input.shape[:-1], size) for size in sizes]
+    absent = [None] * (_MAX_LAYERS - len(weights))
+    layers = [*weights, *absent, *outputs, *absent, *sizes, *absent]
+    options: dict[str, Any] = {"num_warps": cut.num_warps, "num_stages": cut.num_stages}
+    if cut.early:
+        options["launch_pdl"] = True
+    # What the matrix units take at least.
+    block_m = max(16 if torch.version.hip else 8, triton.next_power_of_2(num_rows))
+    grid = (sum(triton.cdiv(size, cut.block_n) for size in sizes),)
+    blocks = (block_m, cut.block_n, cut.block_k)
+    args: list[Any] = [rows_MK, *layers, bias, num_rows, input_size, *blocks, cut.early]
+    linears_kernel[grid](*args, **options)
+    return outputs
+
+
+@triton.jit(do_not_specialize=["M"])
+def linears_kernel(
+    x_ptr,
+    w0_ptr,
+    w1_ptr,
+    w2_ptr,
+    w3_ptr,
+    out0_ptr,
+    out1_ptr,
+    out2_ptr,
+    out3_ptr,
+    N0,
+    N1,
+    N2,
+    N3,
+    bias_ptr,
+    M,
+    K: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    EARLY: tl.constexpr,
+):
+    """One program per BLOCK_N features of one layer; layers that are not there are None."""
+    tile = tl.program_id(0)
+    w_ptr, out_ptr, N, first = w0_ptr, out0_ptr, N0, 0
+    end = tl.cdiv(N0, BLOCK_N)
+    if w1_ptr is not None:
+        if tile >= end:
+            w_ptr, out_ptr, N, first = w1_ptr, out1_ptr, N1, end
+        end += tl.cdiv(N1, BLOCK_N)
+    if w2_ptr is not None:
+        if tile >= end:
+            w_ptr, out_ptr, N, first = w2_ptr, out2_ptr, N2, end
+        end += tl.cdiv(N2, BLOCK_N)
+    if w3_ptr is not None:
+        is_last = tile >= end
+        if is_last:
+            w_ptr, out_ptr, N, first = w3_ptr, out3_ptr, N3, end
+    n = (tile - first) * BLOCK_N + tl.arange(0, BLOCK_N)
+    m = tl.arange(0, BLOCK_M)
+    k = tl.arange(0, BLOCK_K)
+    # A last tile that is too long reads its last row again, and drops what comes of it.
+    rows = w_ptr + tl.minimum(n, N - 1).to(tl.int64)[:, None] * K
+    w_ptrs = rows + k[None, :]
+    x_ptrs = x_ptr + m[None, :] * K + k[:, None]
+    if EARLY:
+        # Nobody writes weights, so that they may be on their way to the L2 cache already.
+        prefetch(rows + tl.minimum(tl.arange(0, 16) * _LINE, K - 1)[None, :])
+        gdc_wait()
+        gdc_launch_dependents()
+    acc = tl.zeros([BLOCK_N, BLOCK_M], tl.float32)
+    for start in range(0, K, BLOCK_K):
+        if K % BLOCK_K == 0:
+            w = tl.load(w_ptrs + start, eviction_policy="evict_first")
+            x = tl.load(x_ptrs + start, mask=m[None, :] < M, other=0.0, eviction_policy="evict_last")
+        else:
+            w = tl.load(w_ptrs + start, mask=k[None, :] < K - start, other=0.0, eviction_policy="evict_first")
+            inside = (m[None, :] < M) & (k[:, None] < K - start)
+            x = tl.load(x_ptrs + start, mask=inside, other=0.0, eviction_policy="evict_last")
+        acc = tl.dot(w, x, acc)
+    if bias_ptr is not None:
+        acc += tl.load(bias_ptr + tl.minimum(n, N - 1)).to(tl.float32)[:, None]
+    out = acc.to(out_ptr.dtype.element_ty)
+    tl.store(out_ptr + m[None, :] * N + n[:, None], out, mask=(m[None, :] < M) & (n[:, None] < N))
+
+
+@triton.jit
+def prefetch(ptrs):
+    """Ask the L2 cache for the lines at `ptrs`."""
+    tl.inline_asm_elementwise(
+        "prefetch.global.L2 [$1]; mov.b32 $0, 0;", "=r,l", [ptrs], dtype=tl.int32, is_pure=False, pack=1
+    )
