@@ -34,7 +34,7 @@ CASES += [
         "conv1d_output_mamba",
         triton_conv1d.output_kernel,
         _CONV | _BIAS | _TILED,
-        _MAMBA | {"SILU": True, "BLOCK_T": 16},
+        _MAMBA | {"SILU": True, "BLOCK_T": 8},
         {"num_warps": 4},
     ),
     Case(
