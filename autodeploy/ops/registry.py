@@ -15,7 +15,7 @@ from autodeploy.ops.spec import Backend, Kind, Site
 
 _KIND_MODULES = ("attention", "causal_conv1d")
 # In the order in which "auto" prefers them, the oracle last; each module defines BACKENDS.
-_BACKEND_MODULES = ("sdpa", "torch_conv1d", "reference")
+_BACKEND_MODULES = ("triton_attention", "sdpa", "torch_conv1d", "reference")
 _added: dict[str, Backend] = {}
 
 

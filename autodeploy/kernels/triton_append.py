@@ -1,0 +1,99 @@
+"""Writes a step's new keys and values to their slots of a paged cache, in one launch.
+
+Shapes: T packed tokens, H query heads, K key-value heads, G = H / K, D key size, E value size, p page size.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+from torch import Tensor
+
+_TOKENS = 16
+
+
+@triton.jit(do_not_specialize=["slot_mapping", "cu_seqlens_q", "num_tokens", "num_rows"])
+def append_kernel(
+    key,
+    value,
+    key_cache,
+    value_cache,
+    out,
+    slot_mapping,
+    cu_seqlens_q,
+    num_tokens,
+    num_rows,
+    key_stride_h,
+    key_stride_t,
+    value_stride_h,
+    value_stride_t,
+    HEADS: tl.constexpr,
+    GROUP: tl.constexpr,
+    KEY_SIZE: tl.constexpr,
+    VALUE_SIZE: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    BLOCK_E: tl.constexpr,
+    BLOCK_T: tl.constexpr,
+):
+    """Program (head, block of tokens): what is not a token is not written, and its rows of `out` become zeros."""
+    head = tl.program_id(0)
+    token_T = tl.program_id(1).to(tl.int64) * BLOCK_T + tl.arange(0, BLOCK_T)
+    column_D, column_E = tl.arange(0, BLOCK_D), tl.arange(0, BLOCK_E)
+    total = tl.load(cu_seqlens_q + num_rows)
+    is_token_T = token_T < total
+    slot_T = tl.load(slot_mapping + token_T, mask=is_token_T, other=0)
+    mask_TD = is_token_T[:, None] & (column_D < KEY_SIZE)[None, :]
+    mask_TE = is_token_T[:, None] & (column_E < VALUE_SIZE)[None, :]
+    key_TD = tl.load(key + head * key_stride_h + token_T[:, None] * key_stride_t + column_D[None, :], mask=mask_TD)
+    value_TE = tl.load(
+        value + head * value_stride_h + token_T[:, None] * value_stride_t + column_E[None, :], mask=mask_TE
+    )
+    place_T = slot_T * HEADS + head
+    key_TD = key_TD.to(key_cache.dtype.element_ty)
+    tl.store(key_cache + place_T[:, None] * KEY_SIZE + column_D[None, :], key_TD, mask=mask_TD)
+    value_TE = value_TE.to(value_cache.dtype.element_ty)
+    tl.store(value_cache + place_T[:, None] * VALUE_SIZE + column_E[None, :], value_TE, mask=mask_TE)
+    if tl.program_id(1) * BLOCK_T + BLOCK_T > total:
+        is_padding_TE = ((token_T >= total) & (token_T < num_tokens))[:, None] & (column_E < VALUE_SIZE)[None, :]
+        for member in range(GROUP):
+            row_T = token_T * (HEADS * GROUP) + head * GROUP + member
+            zero_TE = tl.zeros([BLOCK_T, BLOCK_E], out.dtype.element_ty)
+            tl.store(out + row_T[:, None] * VALUE_SIZE + column_E[None, :], zero_TE, mask=is_padding_TE)
+
+
+def append(
+    key_KTD: Tensor,
+    value_KTE: Tensor,
+    key_cache: Tensor,
+    value_cache: Tensor,
+    out_THE: Tensor,
+    slot_mapping: Tensor,
+    cu_seqlens_q: Tensor,
+) -> None:
+    """Write every token's keys and values to its slot, and zeros to the rows of `out` that belong to no token.
+
+    Caches are [pages, p, K, D or E], contiguous; `slot_mapping` [T] int64 and `cu_seqlens_q` [S + 1] int32 are fields.
+    """
+    num_kv_heads, num_tokens, head_dim = key_KTD.shape
+    value_dim = value_KTE.shape[2]
+    append_kernel[(num_kv_heads, triton.cdiv(num_tokens, _TOKENS))](
+        key_KTD,
+        value_KTE,
+        key_cache,
+        value_cache,
+        out_THE,
+        slot_mapping,
+        cu_seqlens_q,
+        num_tokens,
+        cu_seqlens_q.shape[0] - 1,
+        *key_KTD.stride()[:2],
+        *value_KTE.stride()[:2],
+        HEADS=num_kv_heads,
+        GROUP=out_THE.shape[1] // num_kv_heads,
+        KEY_SIZE=head_dim,
+        VALUE_SIZE=value_dim,
+        BLOCK_D=triton.next_power_of_2(head_dim),
+        BLOCK_E=triton.next_power_of_2(value_dim),
+        BLOCK_T=_TOKENS,
+        num_warps=4,
+    )

@@ -1,0 +1,125 @@
+"""Attention over a paged cache in Triton: one launch for a decode step, or two; three for any other step.
+
+Shapes: S sequences, T packed tokens, H query heads, K key-value heads, D key size, E value size, p page size.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import torch
+from torch import Tensor
+
+from autodeploy.kernels import triton_support
+from autodeploy.kernels.paged import PagedAttention
+from autodeploy.kernels.triton_append import append
+from autodeploy.kernels.triton_decode import decode
+from autodeploy.kernels.triton_prefill import prefill, tile_tokens
+from autodeploy.kernels.triton_softmax import Scoring
+from autodeploy.metadata import fields, fields_tiles
+from autodeploy.ops.spec import CacheSpec, Site
+
+_DTYPES = (torch.float16, torch.bfloat16, torch.float32)
+_MAX_HEAD_SIZE = 256
+
+_library = torch.library.Library("autodeploy", "FRAGMENT")
+_library.define(
+    "triton_paged_attention(Tensor query, Tensor key, Tensor value, Tensor? sinks, Tensor(a!) key_cache,"
+    " Tensor(b!) value_cache, Tensor slot_mapping, Tensor block_table, Tensor seq_lens, Tensor cu_seqlens_q,"
+    " Tensor query_tiles, *, float scale, int? window=None, float? softcap=None) -> Tensor",
+    tags=(torch.Tag.pt2_compliant_tag, torch.Tag.flexible_layout),
+)
+
+
+@torch.library.impl(_library, "triton_paged_attention", "CompositeExplicitAutograd")
+def _paged_attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    sinks: Tensor | None,
+    key_cache: Tensor,
+    value_cache: Tensor,
+    slot_mapping: Tensor,
+    block_table: Tensor,
+    seq_lens: Tensor,
+    cu_seqlens_q: Tensor,
+    query_tiles: Tensor,
+    *,
+    scale: float,
+    window: int | None = None,
+    softcap: float | None = None,
+) -> Tensor:
+    """Write the new keys and values to their slots, and attend each row to what it sees.
+
+    query [1, H, T, D], key [1, K, T, D], value [1, K, T, E], sinks [H], caches [N, p, K, D or E], contiguous ->
+    [1, T, H, E], zeros for padding tokens. The int tensors are fields. T == S promises that no row has more than one
+    new token, and then the decode kernel does everything.
+    """
+    query_HTD, key_KTD, value_KTE = (_rows(tensor[0]) for tensor in (query, key, value))
+    out_THE = query.new_empty(query.shape[2], query.shape[1], value.shape[3])
+    scoring = Scoring.of(scale, window, softcap)
+    new, caches, rows = (key_KTD, value_KTE), (key_cache, value_cache), (block_table, seq_lens, cu_seqlens_q)
+    is_decode = query.shape[2] == seq_lens.shape[0]
+    if not is_decode:
+        append(*new, *caches, out_THE, slot_mapping, cu_seqlens_q)
+    decode(query_HTD, *new, sinks, *caches, *rows, out_THE, scoring)
+    if not is_decode:
+        prefill(query_HTD, sinks, *caches, *rows, query_tiles, out_THE, scoring)
+    return out_THE[None]
+
+
+@torch.library.register_fake("autodeploy::triton_paged_attention", lib=_library)
+def _(query, key, value, *_, **__):
+    return query.new_empty(1, query.shape[2], query.shape[1], value.shape[3])
+
+
+def _rows(tensor: Tensor) -> Tensor:
+    """The tensor with each head of each token in one run of memory."""
+    return tensor if tensor.stride(-1) == 1 else tensor.contiguous()
+
+
+class TritonAttention(PagedAttention):
+    """`cache_dtype` None caches in the model's dtype; float8_e4m3fn halves the cache of a 16-bit model."""
+
+    meaning = "split-KV decode and tiled prefill in Triton"
+    op = torch.ops.autodeploy.triton_paged_attention.default
+
+    def __init__(self, name: str = "triton", cache_dtype: torch.dtype | None = None) -> None:
+        self.name, self.cache_dtype = name, cache_dtype
+
+    def why_not(self, site: Site) -> str | None:
+        refused = super().why_not(site) or triton_support.why_not(site.device)
+        if refused is not None:
+            return refused
+        if site.dtype not in _DTYPES:
+            return f"{site.dtype} is not supported by the Triton kernels".replace("torch.", "")
+        size = max(site.params["head_dim"], site.params["value_dim"])
+        if size > _MAX_HEAD_SIZE:
+            return f"heads of {size} are larger than {_MAX_HEAD_SIZE}"
+        if self.cache_dtype is not None and site.device.type == "cuda" and _lacks_float8(site.device):
+            return "an 8-bit cache needs compute capability 8.9 or later"
+        return None
+
+    def caches(self, site: Site) -> tuple[CacheSpec, ...]:
+        dtype = self.cache_dtype or site.dtype
+        return tuple(replace(cache, dtype=dtype) for cache in super().caches(site))
+
+    def metadata(self, layout: Tensor, num_tokens: int, site: Site) -> dict[str, Tensor]:
+        group_size = site.params["num_heads"] // site.params["num_kv_heads"]
+        return {
+            "slot_mapping": fields.slot_mapping(layout, num_tokens, site.group, site.num_groups, site.page_size),
+            "block_table": fields.block_table(layout, site.group, site.num_groups),
+            "seq_lens": fields.seq_lens(layout),
+            "cu_seqlens_q": fields.cu_seqlens_q(layout),
+            "query_tiles": fields_tiles.query_tiles(layout, num_tokens, tile_tokens(group_size, site.dtype)),
+        }
+
+
+def _lacks_float8(device: torch.device) -> bool:
+    return torch.cuda.get_device_capability(device) < (8, 9)
+
+
+BACKENDS: tuple[TritonAttention, ...] = (
+    TritonAttention(),
+    TritonAttention("triton_fp8", cache_dtype=torch.float8_e4m3fn),
+)

@@ -1,0 +1,55 @@
+"""How much of a GPU the paged attention kernels take: keys of a block, blocks in flight, and programs of a row."""
+
+from __future__ import annotations
+
+from functools import cache
+
+import torch
+import triton
+
+# What is assumed of a GPU that is not there: an H100.
+_MULTIPROCESSORS, _SHARED_BYTES = 132, 232448
+# Bytes of keys in one block: enough 16-byte loads in flight for memory, few enough registers for two programs at once.
+_KEY_BYTES = 16384
+_MAX_SPLITS = 64
+
+
+@cache
+def _device(device: torch.device) -> tuple[int, int]:
+    """(multiprocessors, bytes of shared memory that one program can have)."""
+    if device.type != "cuda":
+        return _MULTIPROCESSORS, _SHARED_BYTES
+    properties = torch.cuda.get_device_properties(device)
+    shared = getattr(properties, "shared_memory_per_block_optin", properties.shared_memory_per_block)
+    return properties.multi_processor_count, shared
+
+
+def block_keys(size: int, itemsize: int) -> int:
+    """Keys in one block, for the larger of key and value size."""
+    return min(128, max(16, _KEY_BYTES // (triton.next_power_of_2(size) * itemsize)))
+
+
+def num_buffers(taken: int, block_bytes: int, programs: int, device: torch.device) -> int:
+    """How many blocks of keys and values, of `block_bytes` each, shared memory holds beside `taken` bytes; at least 1.
+
+    `programs` of the kernel are to share a multiprocessor.
+    """
+    room = _device(device)[1] // programs - taken
+    return max(1, room // block_bytes)
+
+
+def num_splits(programs: int, blocks: int, device: torch.device) -> int:
+    """Among how many programs to share each row's keys, `blocks` of them at most, when there are `programs` otherwise.
+
+    The fewest that keep the last wave of programs nearly as full as the best number would.
+    """
+    slots = 2 * _device(device)[0]
+    if programs >= 4 * slots:
+        return 1
+
+    def fill(splits: int) -> float:
+        return programs * splits / (slots * -(-programs * splits // slots))
+
+    counts = range(1, min(_MAX_SPLITS, max(1, blocks // 2)) + 1)
+    enough = 0.9 * max(map(fill, counts))
+    return next(splits for splits in counts if fill(splits) >= enough)

@@ -1,0 +1,196 @@
+"""Attention of the rows with one new token: each row's keys are read once and shared among programs ("splits").
+
+The program of the first split also writes the new key and value to their slots. It takes them from the new tensors,
+and every program stops reading before that slot, so that no order among the programs is needed.
+
+Shapes: S sequences, T packed tokens, H query heads, K key-value heads, G = H / K (at least 16 here, for the matrix
+units), D key size, E value size, p page size, N keys of one block, R splits.
+"""
+
+from __future__ import annotations
+
+import sys
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from autodeploy.kernels.triton_blocks import block_keys, num_buffers, num_splits
+from autodeploy.kernels.triton_softmax import LOWEST, Scoring, load_block, load_sinks, squash, store_heads, take_block
+
+
+@triton.jit
+def _append(
+    new, cache, token, head, stride_h, stride_t, slot, HEADS: tl.constexpr, SIZE: tl.constexpr, BLOCK: tl.constexpr
+):
+    """Write one token of one head to its slot; returns [BLOCK] as the cache holds it, zeros from SIZE on."""
+    column_B = tl.arange(0, BLOCK)
+    new_B = tl.load(new + head * stride_h + token * stride_t + column_B, mask=column_B < SIZE, other=0.0)
+    new_B = new_B.to(cache.dtype.element_ty)
+    tl.store(cache + (slot * HEADS + head) * SIZE + column_B, new_B, mask=column_B < SIZE)
+    return new_B.to(tl.float32)
+
+
+@triton.jit
+def _see_first(query_GD, key_D, value_E, sink_G, inner, multiplier, HAS_SOFTCAP: tl.constexpr):
+    """The running softmax of each head once it has seen its sink, where there is one, and one key."""
+    score_G = squash(tl.sum(query_GD.to(tl.float32) * key_D[None, :], 1), inner, HAS_SOFTCAP) * multiplier
+    highest_G = tl.maximum(score_G, sink_G)
+    weight_G = tl.exp2(score_G - highest_G)
+    return highest_G, weight_G + tl.exp2(sink_G - highest_G), weight_G[:, None] * value_E[None, :]
+
+
+_NOT_SPECIAL = ["block_table", "seq_lens", "cu_seqlens_q", "table_stride", "num_tokens", "num_rows"]
+
+
+@triton.jit(do_not_specialize=_NOT_SPECIAL)
+def decode_kernel(
+    query, key, value, sinks, key_cache, value_cache, block_table, seq_lens, cu_seqlens_q, out, part, part_sums,
+    query_stride_h, query_stride_t, key_stride_h, key_stride_t, value_stride_h, value_stride_t, table_stride,
+    num_tokens, num_rows, inner, multiplier,
+    HEADS: tl.constexpr, GROUP: tl.constexpr, KEY_SIZE: tl.constexpr, VALUE_SIZE: tl.constexpr,
+    PAGE_SIZE: tl.constexpr, WINDOW: tl.constexpr, HAS_SOFTCAP: tl.constexpr, SPLITS: tl.constexpr,
+    BLOCK_G: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_E: tl.constexpr, BLOCK_N: tl.constexpr,
+):  # fmt: skip
+    """Program (key-value head, split, row) writes to `out` [T, H, E], or its part of the softmax if there are splits.
+
+    `part` is [S, H, R, E] and `part_sums` [S, H, R, 2]. Rows without exactly one new token are left alone.
+    Where token r is padding, row r has no token either, and its first program writes the zeros.
+    """
+    head, split, row = tl.program_id(0), tl.program_id(1), tl.program_id(2)
+    head_G = head * GROUP + tl.arange(0, BLOCK_G)
+    real_G = tl.arange(0, BLOCK_G) < GROUP
+    column_D, column_E = tl.arange(0, BLOCK_D), tl.arange(0, BLOCK_E)
+    mask_GE = real_G[:, None] & (column_E < VALUE_SIZE)[None, :]
+    mixed_GE = tl.zeros([BLOCK_G, BLOCK_E], tl.float32)
+    token = tl.load(cu_seqlens_q + row).to(tl.int64)
+    if tl.load(cu_seqlens_q + row + 1) != token + 1:
+        if (split == 0) & (row < num_tokens) & (row >= tl.load(cu_seqlens_q + num_rows)):
+            store_heads(out, row, head_G, mask_GE, mixed_GE, HEADS * GROUP, VALUE_SIZE, BLOCK_E)
+        return
+    table = block_table + row.to(tl.int64) * table_stride
+    last = tl.load(seq_lens + row) - 1
+    query_GD = tl.load(
+        query + head_G[:, None] * query_stride_h + token * query_stride_t + column_D[None, :],
+        mask=real_G[:, None] & (column_D < KEY_SIZE)[None, :],
+        other=0.0,
+    )
+    highest_G, total_G = tl.full([BLOCK_G], LOWEST, tl.float32), tl.zeros([BLOCK_G], tl.float32)
+    if split == 0:
+        slot = tl.load(table + last // PAGE_SIZE).to(tl.int64) * PAGE_SIZE + last % PAGE_SIZE
+        key_D = _append(key, key_cache, token, head, key_stride_h, key_stride_t, slot, HEADS, KEY_SIZE, BLOCK_D)
+        value_E = _append(
+            value, value_cache, token, head, value_stride_h, value_stride_t, slot, HEADS, VALUE_SIZE, BLOCK_E
+        )
+        sink_G = load_sinks(sinks, head_G, real_G)
+        highest_G, total_G, mixed_GE = _see_first(query_GD, key_D, value_E, sink_G, inner, multiplier, HAS_SOFTCAP)
+    first = tl.maximum(last + 1 - WINDOW, 0) if WINDOW is not None else 0
+    first_block = first // BLOCK_N
+    share = tl.cdiv(tl.cdiv(last, BLOCK_N) - first_block, SPLITS)
+    begin = (first_block + split * share) * BLOCK_N
+    end = tl.minimum(begin + share * BLOCK_N, last)
+    position_N = begin + tl.arange(0, BLOCK_N)
+    page_N = tl.load(table + position_N // PAGE_SIZE, mask=(position_N >= first) & (position_N < end), other=0)
+    for _ in range(begin, end, BLOCK_N):
+        slot_N = page_N.to(tl.int64) * PAGE_SIZE + position_N % PAGE_SIZE
+        seen_N = (position_N >= first) & (position_N < end)
+        key_ND = load_block(key_cache, slot_N, head, seen_N, True, HEADS, KEY_SIZE, BLOCK_D).to(query_GD.dtype)
+        value_NE = load_block(value_cache, slot_N, head, seen_N, True, HEADS, VALUE_SIZE, BLOCK_E).to(query_GD.dtype)
+        # One block ahead, so that the loads above never wait for a page number.
+        position_N += BLOCK_N
+        page_N = tl.load(table + position_N // PAGE_SIZE, mask=position_N < end, other=0)
+        score_GN = squash(tl.dot(query_GD, tl.trans(key_ND), input_precision="ieee"), inner, HAS_SOFTCAP)
+        score_GN = tl.where(seen_N[None, :], score_GN, float("-inf"))
+        highest_G, total_G, mixed_GE = take_block(score_GN, value_NE, highest_G, total_G, mixed_GE, multiplier)
+    if SPLITS == 1:
+        store_heads(out, token, head_G, mask_GE, mixed_GE / total_G[:, None], HEADS * GROUP, VALUE_SIZE, BLOCK_E)
+        return
+    place_G = (row.to(tl.int64) * (HEADS * GROUP) + head_G) * SPLITS + split
+    tl.store(part + place_G[:, None] * VALUE_SIZE + column_E[None, :], mixed_GE, mask=mask_GE)
+    tl.store(part_sums + place_G * 2, highest_G, mask=real_G)
+    tl.store(part_sums + place_G * 2 + 1, total_G, mask=real_G)
+
+
+@triton.jit(do_not_specialize=["cu_seqlens_q"])
+def combine_kernel(
+    part,
+    part_sums,
+    cu_seqlens_q,
+    out,
+    NUM_HEADS: tl.constexpr,
+    VALUE_SIZE: tl.constexpr,
+    SPLITS: tl.constexpr,
+    BLOCK_R: tl.constexpr,
+    BLOCK_E: tl.constexpr,
+):
+    """Program (query head, row) joins the parts of a row's splits; one that had no keys has total 0."""
+    head, row = tl.program_id(0), tl.program_id(1)
+    token = tl.load(cu_seqlens_q + row).to(tl.int64)
+    if tl.load(cu_seqlens_q + row + 1) != token + 1:
+        return
+    split_R, column_E = tl.arange(0, BLOCK_R), tl.arange(0, BLOCK_E)
+    place_R = (row.to(tl.int64) * NUM_HEADS + head) * SPLITS + split_R
+    is_split_R = split_R < SPLITS
+    mask_RE = is_split_R[:, None] & (column_E < VALUE_SIZE)[None, :]
+    highest_R = tl.load(part_sums + place_R * 2, mask=is_split_R, other=LOWEST)
+    total_R = tl.load(part_sums + place_R * 2 + 1, mask=is_split_R, other=0.0)
+    mixed_RE = tl.load(part + place_R[:, None] * VALUE_SIZE + column_E[None, :], mask=mask_RE, other=0.0)
+    weight_R = tl.exp2(highest_R - tl.max(highest_R, 0))
+    mean_E = tl.sum(mixed_RE * weight_R[:, None], 0) / tl.sum(total_R * weight_R, 0)
+    out_E = out + (token * NUM_HEADS + head) * VALUE_SIZE + column_E
+    tl.store(out_E, mean_E.to(out.dtype.element_ty), mask=column_E < VALUE_SIZE)
+
+
+def decode(
+    query_HTD: Tensor,
+    key_KTD: Tensor,
+    value_KTE: Tensor,
+    sinks: Tensor | None,
+    key_cache: Tensor,
+    value_cache: Tensor,
+    block_table: Tensor,
+    seq_lens: Tensor,
+    cu_seqlens_q: Tensor,
+    out_THE: Tensor,
+    scoring: Scoring,
+) -> None:
+    """Append the token of each row with exactly one, and write its attention to `out`.
+
+    Caches are [pages, p, K, D or E], contiguous; the int32 tensors are fields.
+    """
+    num_kv_heads, num_tokens, head_dim = key_KTD.shape
+    num_rows, value_dim = seq_lens.shape[0], value_KTE.shape[2]
+    page_size, num_heads, device = key_cache.shape[1], query_HTD.shape[0], query_HTD.device
+    block_n = block_keys(max(head_dim, value_dim), key_cache.itemsize)
+    longest = min(block_table.shape[1] * page_size, scoring.window or sys.maxsize)
+    splits = num_splits(num_rows * num_kv_heads, triton.cdiv(longest, block_n), device)
+    part = part_sums = None
+    if splits > 1:
+        part = torch.empty(num_rows, num_heads, splits, value_dim, dtype=torch.float32, device=device)
+        part_sums = torch.empty(num_rows, num_heads, splits, 2, dtype=torch.float32, device=device)
+    block_d, block_e = triton.next_power_of_2(head_dim), triton.next_power_of_2(value_dim)
+    decode_kernel[(num_kv_heads, splits, num_rows)](
+        query_HTD, key_KTD, value_KTE, sinks, key_cache, value_cache, block_table, seq_lens, cu_seqlens_q, out_THE,
+        part, part_sums, *query_HTD.stride()[:2], *key_KTD.stride()[:2], *value_KTE.stride()[:2], block_table.stride(0),
+        num_tokens, num_rows, scoring.inner, scoring.multiplier,
+        HEADS=num_kv_heads, GROUP=num_heads // num_kv_heads, KEY_SIZE=head_dim, VALUE_SIZE=value_dim,
+        PAGE_SIZE=page_size, WINDOW=scoring.window, HAS_SOFTCAP=scoring.inner != 0, SPLITS=splits,
+        BLOCK_G=max(16, triton.next_power_of_2(num_heads // num_kv_heads)), BLOCK_D=block_d, BLOCK_E=block_e,
+        BLOCK_N=block_n, num_warps=4,
+        # The block in use is in registers by the time that the next one is asked for: one buffer less than stages.
+        num_stages=min(3, 1 + num_buffers(0, block_n * (block_d + block_e) * key_cache.itemsize, 2, device)),
+    )  # fmt: skip
+    if splits > 1:
+        combine_kernel[(num_heads, num_rows)](
+            part,
+            part_sums,
+            cu_seqlens_q,
+            out_THE,
+            NUM_HEADS=num_heads,
+            VALUE_SIZE=value_dim,
+            SPLITS=splits,
+            BLOCK_R=triton.next_power_of_2(splits),
+            BLOCK_E=block_e,
+            num_warps=4,
+        )

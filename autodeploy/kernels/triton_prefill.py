@@ -1,0 +1,158 @@
+"""Attention of the rows with more than one new token, tile by tile, from the paged cache (FlashAttention-2).
+
+A tile is some new tokens of one sequence with all query heads of one key-value head, so that short chunks fill it too.
+Keys that every row of the tile sees are taken without masks; only the ends of the range are masked.
+
+Shapes: S sequences, T packed tokens, H query heads, K key-value heads, G = H / K, D key size, E value size,
+p page size, M (token, head) rows of one tile, N keys of one block.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from autodeploy.kernels.triton_blocks import block_keys, num_buffers
+from autodeploy.kernels.triton_softmax import (
+    LOWEST,
+    Scoring,
+    load_block,
+    load_sinks,
+    squash,
+    store_heads,
+    take_block,
+)
+
+
+def tile_tokens(group_size: int, dtype: torch.dtype) -> int:
+    """Tokens of one tile, for the field `query_tiles`."""
+    return max(1, _rows(group_size, dtype) // group_size)
+
+
+def _rows(group_size: int, dtype: torch.dtype) -> int:
+    """Rows of a tile: two warpgroups' worth for the matrix units, fewer for float32, which has none."""
+    return max(32 if dtype is torch.float32 else 128, triton.next_power_of_2(group_size))
+
+
+@triton.jit
+def _attend_range(
+    query_MD, highest_M, total_M, mixed_ME, position_M, begin, end, first, key_cache, value_cache, table, head,
+    inner, multiplier, MASKED: tl.constexpr,
+    HEADS: tl.constexpr, KEY_SIZE: tl.constexpr, VALUE_SIZE: tl.constexpr, PAGE_SIZE: tl.constexpr,
+    WINDOW: tl.constexpr, HAS_SOFTCAP: tl.constexpr,
+    BLOCK_D: tl.constexpr, BLOCK_E: tl.constexpr, BLOCK_N: tl.constexpr,
+):  # fmt: skip
+    """The running softmax once it has seen the keys from `begin`, a multiple of BLOCK_N, to `end`; none before `first`.
+
+    Without MASKED every row sees all of them, and `end` is a multiple of BLOCK_N too.
+    """
+    at_N = begin + tl.arange(0, BLOCK_N)
+    page_N = tl.load(table + at_N // PAGE_SIZE, mask=at_N < end, other=0)
+    for _ in range(begin, end, BLOCK_N):
+        slot_N = page_N.to(tl.int64) * PAGE_SIZE + at_N % PAGE_SIZE
+        own_N = (at_N >= first) & (at_N < end)
+        key_ND = load_block(key_cache, slot_N, head, own_N, MASKED, HEADS, KEY_SIZE, BLOCK_D).to(query_MD.dtype)
+        value_NE = load_block(value_cache, slot_N, head, own_N, MASKED, HEADS, VALUE_SIZE, BLOCK_E).to(query_MD.dtype)
+        score_MN = squash(tl.dot(query_MD, tl.trans(key_ND), input_precision="ieee"), inner, HAS_SOFTCAP)
+        if MASKED:
+            seen_MN = at_N[None, :] <= position_M[:, None]
+            if WINDOW is not None:
+                seen_MN &= at_N[None, :] > position_M[:, None] - WINDOW
+            score_MN = tl.where(seen_MN, score_MN, float("-inf"))
+        # One block ahead, so that the loads above never wait for a page number.
+        at_N += BLOCK_N
+        page_N = tl.load(table + at_N // PAGE_SIZE, mask=at_N < end, other=0)
+        highest_M, total_M, mixed_ME = take_block(score_MN, value_NE, highest_M, total_M, mixed_ME, multiplier)
+    return highest_M, total_M, mixed_ME
+
+
+@triton.jit(do_not_specialize=["block_table", "seq_lens", "cu_seqlens_q", "query_tiles", "table_stride"])
+def prefill_kernel(
+    query, sinks, key_cache, value_cache, block_table, seq_lens, cu_seqlens_q, query_tiles, out,
+    query_stride_h, query_stride_t, table_stride, inner, multiplier,
+    HEADS: tl.constexpr, GROUP: tl.constexpr, KEY_SIZE: tl.constexpr, VALUE_SIZE: tl.constexpr,
+    PAGE_SIZE: tl.constexpr, WINDOW: tl.constexpr, HAS_SOFTCAP: tl.constexpr, TOKENS: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_E: tl.constexpr, BLOCK_N: tl.constexpr,
+):  # fmt: skip
+    """Program (key-value head, tile) writes the tile's rows of `out` [T, H, E]; later tiles see more, and go first."""
+    head, tile = tl.program_id(0), tl.num_programs(1) - 1 - tl.program_id(1)
+    row = tl.load(query_tiles + tile * 2)
+    if row < 0:
+        return
+    begin_token = tl.load(query_tiles + tile * 2 + 1)
+    row_end = tl.load(cu_seqlens_q + row + 1)
+    end_token = tl.minimum(begin_token + TOKENS, row_end)
+    # From a place in the packed stream to a position in the sequence.
+    shift = tl.load(seq_lens + row) - row_end
+    table = block_table + row.to(tl.int64) * table_stride
+    member_M, column_D, column_E = tl.arange(0, BLOCK_M), tl.arange(0, BLOCK_D), tl.arange(0, BLOCK_E)
+    token_M = begin_token + member_M // GROUP
+    head_M = head * GROUP + member_M % GROUP
+    real_M = token_M < end_token
+    query_MD = tl.load(
+        query + head_M[:, None] * query_stride_h + token_M.to(tl.int64)[:, None] * query_stride_t + column_D[None, :],
+        mask=real_M[:, None] & (column_D < KEY_SIZE)[None, :],
+        other=0.0,
+    )
+    highest_M = load_sinks(sinks, head_M, real_M)
+    total_M = tl.where(highest_M > LOWEST, 1.0, 0.0)
+    mixed_ME = tl.zeros([BLOCK_M, BLOCK_E], tl.float32)
+    # Rows beyond the tile's last token stand where it does, so that they too see something.
+    position_M = tl.minimum(token_M, end_token - 1) + shift
+    first, end = 0, end_token + shift
+    whole_begin, whole_end = 0, (begin_token + shift + 1) // BLOCK_N * BLOCK_N
+    if WINDOW is not None:
+        first = tl.maximum(begin_token + shift + 1 - WINDOW, 0)
+        whole_begin = tl.minimum(tl.cdiv(tl.maximum(end - WINDOW, 0), BLOCK_N) * BLOCK_N, whole_end)
+        highest_M, total_M, mixed_ME = _attend_range(
+            query_MD, highest_M, total_M, mixed_ME, position_M, first // BLOCK_N * BLOCK_N, whole_begin, first,
+            key_cache, value_cache, table, head, inner, multiplier, True, HEADS, KEY_SIZE, VALUE_SIZE, PAGE_SIZE,
+            WINDOW, HAS_SOFTCAP, BLOCK_D, BLOCK_E, BLOCK_N,
+        )  # fmt: skip
+    highest_M, total_M, mixed_ME = _attend_range(
+        query_MD, highest_M, total_M, mixed_ME, position_M, whole_begin, whole_end, first,
+        key_cache, value_cache, table, head, inner, multiplier, False, HEADS, KEY_SIZE, VALUE_SIZE, PAGE_SIZE,
+        WINDOW, HAS_SOFTCAP, BLOCK_D, BLOCK_E, BLOCK_N,
+    )  # fmt: skip
+    highest_M, total_M, mixed_ME = _attend_range(
+        query_MD, highest_M, total_M, mixed_ME, position_M, whole_end, end, first,
+        key_cache, value_cache, table, head, inner, multiplier, True, HEADS, KEY_SIZE, VALUE_SIZE, PAGE_SIZE,
+        WINDOW, HAS_SOFTCAP, BLOCK_D, BLOCK_E, BLOCK_N,
+    )  # fmt: skip
+    mask_ME = real_M[:, None] & (column_E < VALUE_SIZE)[None, :]
+    store_heads(out, token_M, head_M, mask_ME, mixed_ME / total_M[:, None], HEADS * GROUP, VALUE_SIZE, BLOCK_E)
+
+
+def prefill(
+    query_HTD: Tensor,
+    sinks: Tensor | None,
+    key_cache: Tensor,
+    value_cache: Tensor,
+    block_table: Tensor,
+    seq_lens: Tensor,
+    cu_seqlens_q: Tensor,
+    query_tiles: Tensor,
+    out_THE: Tensor,
+    scoring: Scoring,
+) -> None:
+    """Write the attention of each row with more than one new token, all of them in the cache already, to `out`.
+
+    Caches are [pages, p, K, D or E], contiguous; the int32 tensors are fields.
+    """
+    num_heads, _, head_dim = query_HTD.shape
+    _, page_size, num_kv_heads, value_dim = value_cache.shape
+    group_size, itemsize = num_heads // num_kv_heads, query_HTD.itemsize
+    block_m, block_n = _rows(group_size, query_HTD.dtype), block_keys(max(head_dim, value_dim), itemsize)
+    block_d, block_e = triton.next_power_of_2(head_dim), triton.next_power_of_2(value_dim)
+    query_bytes = block_m * block_d * itemsize
+    prefill_kernel[(num_kv_heads, query_tiles.shape[0])](
+        query_HTD, sinks, key_cache, value_cache, block_table, seq_lens, cu_seqlens_q, query_tiles, out_THE,
+        *query_HTD.stride()[:2], block_table.stride(0), scoring.inner, scoring.multiplier,
+        HEADS=num_kv_heads, GROUP=group_size, KEY_SIZE=head_dim, VALUE_SIZE=value_dim,
+        PAGE_SIZE=page_size, WINDOW=scoring.window, HAS_SOFTCAP=scoring.inner != 0,
+        TOKENS=tile_tokens(group_size, query_HTD.dtype),
+        BLOCK_M=block_m, BLOCK_D=block_d, BLOCK_E=block_e, BLOCK_N=block_n, num_warps=8,
+        num_stages=min(3, num_buffers(query_bytes, block_n * (block_d + block_e) * itemsize, 1, query_HTD.device)),
+    )  # fmt: skip

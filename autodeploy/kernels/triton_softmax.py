@@ -1,0 +1,93 @@
+"""The arithmetic that the paged attention kernels share: one block of keys into a running softmax.
+
+The softmax runs in powers of two. Per query row it is three things: `highest` score so far, `total` weight, and the
+weighted sum of values `mixed`, both relative to 2**highest.
+
+Shapes: M query rows of one program, N keys of one block, D key size, E value size (both rounded up to powers of two).
+"""
+
+from __future__ import annotations
+
+import math
+from typing import NamedTuple
+
+import triton
+import triton.language as tl
+
+LOG2E = tl.constexpr(1.4426950408889634)
+# Below every score, and finite so that a row that has seen nothing subtracts to 0 and not to NaN.
+LOWEST = tl.constexpr(-1e30)
+
+
+class Scoring(NamedTuple):
+    """From Q Kᵀ to a score: tanh(x * inner), where `inner` is not 0, and then times `multiplier`, to powers of two."""
+
+    inner: float
+    multiplier: float
+    window: int | None
+
+    @staticmethod
+    def of(scale: float, window: int | None, softcap: float | None) -> Scoring:
+        """`scale` and `softcap` as in the canonical op, both positive."""
+        if softcap is None:
+            return Scoring(0.0, scale * math.log2(math.e), window)
+        return Scoring(scale / softcap, softcap * math.log2(math.e), window)
+
+
+@triton.jit
+def load_sinks(sinks, head_M, real_M):
+    """[M] scores of each row's sink, in powers of two; the lowest where there are none."""
+    if sinks is None:
+        sink_M = tl.full(head_M.shape, LOWEST, tl.float32)
+    else:
+        sink_M = tl.load(sinks + head_M, mask=real_M, other=0.0).to(tl.float32) * LOG2E
+    return sink_M
+
+
+@triton.jit
+def store_heads(
+    out, token, head_M, mask_ME, value_ME, NUM_HEADS: tl.constexpr, SIZE: tl.constexpr, BLOCK: tl.constexpr
+):
+    """Write [M, BLOCK] to the rows (token, head) of `out` [T, NUM_HEADS, SIZE]; `token` is one or [M]."""
+    row_M = token.to(tl.int64) * NUM_HEADS + head_M
+    address_ME = out + row_M[:, None] * SIZE + tl.arange(0, BLOCK)[None, :]
+    tl.store(address_ME, value_ME.to(out.dtype.element_ty), mask=mask_ME)
+
+
+@triton.jit
+def squash(scores, inner, HAS_SOFTCAP: tl.constexpr):
+    """tanh(scores * inner) where there is a soft cap, whose size is in the multiplier that follows."""
+    if HAS_SOFTCAP:
+        scores = 2 * tl.sigmoid(2 * inner * scores) - 1
+    return scores
+
+
+@triton.jit
+def load_block(
+    cache, slot_N, head, mask_N, MASKED: tl.constexpr, HEADS: tl.constexpr, SIZE: tl.constexpr, BLOCK: tl.constexpr
+):
+    """[N, BLOCK] of one head of a cache [slots, HEADS, SIZE]; zeros where `mask_N` is False, and from SIZE on.
+
+    Zeros, and not what lies there, because a weight of zero does not silence NaN.
+    """
+    column_B = tl.arange(0, BLOCK)
+    address_NB = cache + (slot_N * HEADS + head)[:, None] * SIZE + column_B[None, :]
+    if MASKED and SIZE != BLOCK:
+        block_NB = tl.load(address_NB, mask=mask_N[:, None] & (column_B < SIZE)[None, :], other=0.0)
+    elif MASKED:
+        block_NB = tl.load(address_NB, mask=mask_N[:, None], other=0.0)
+    elif SIZE != BLOCK:
+        block_NB = tl.load(address_NB, mask=(column_B < SIZE)[None, :], other=0.0)
+    else:
+        block_NB = tl.load(address_NB)
+    return block_NB
+
+
+@triton.jit
+def take_block(scores_MN, value_NE, highest_M, total_M, mixed_ME, multiplier):
+    """The running softmax once it has seen a block with these scores, each times `multiplier` in powers of two."""
+    higher_M = tl.maximum(highest_M, tl.max(scores_MN, 1) * multiplier)
+    weights_MN = tl.exp2(scores_MN * multiplier - higher_M[:, None])
+    faded_M = tl.exp2(highest_M - higher_M)
+    mixed_ME = tl.dot(weights_MN.to(value_NE.dtype), value_NE, mixed_ME * faded_M[:, None], input_precision="ieee")
+    return higher_M, total_M * faded_M + tl.sum(weights_MN, 1), mixed_ME
