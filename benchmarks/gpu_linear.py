@@ -35,6 +35,8 @@ SHAPES: dict[str, tuple[tuple[int, ...], int]] = {
     "down": ((4096,), 14336),
     "lm_head": ((128256,), 4096),
 }
+# How often a step runs each; k runs with q and v.
+COUNTS = {"q, k, v": 32, "o": 32, "gate, up": 32, "down": 32, "lm_head": 1}
 ROWS = (1, 2, 8, 16, 64)
 _FEW = (
     Config(16, 128, 4, 8),
@@ -84,7 +86,24 @@ def print_table(results: dict[str, Any]) -> None:
         table.append((row["layers"], str(row["rows"]), *times, f"{row['chosen_us']:.1f}", pair, three))
     print("\n".join(align(table)))
     print(f"copying memory: {results['copy_tb_per_s']:.2f} TB/s")
-    print("early: one layer and one small kernel in front of it, without and with an early start")
+    for num_rows in ROWS:
+        print_step([row for row in results["rows"] if row["rows"] == num_rows], results["copy_tb_per_s"])
+    print("early start: one layer and one small kernel in front of it, without and with an early start")
+
+
+def print_step(rows: list[dict[str, Any]], tb_per_s: float) -> None:
+    """All linear layers of a step, for the rows of the table of one number of rows."""
+
+    def ms(us: Callable[[dict[str, Any]], float]) -> float:
+        return sum(COUNTS.get(row["layers"], 0) * us(row) for row in rows) / 1e3
+
+    times = {
+        "cuBLAS": ms(lambda row: row["cublas_us"]),
+        "chosen": ms(lambda row: row["chosen_us"]),
+        "best": ms(lambda row: min(row["ours_us"].values())),
+        "reading the weights": ms(lambda row: row["bytes"] / tb_per_s / 1e6),
+    }
+    print(f"a step of {rows[0]['rows']} rows:", ", ".join(f"{name} {value:.2f} ms" for name, value in times.items()))
 
 
 def _configs(num_rows: int) -> tuple[Config, ...]:

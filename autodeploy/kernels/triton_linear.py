@@ -13,6 +13,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
+import torch
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -21,6 +22,8 @@ from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 # Above, libraries do as well: the input, which every program reads, is then no longer small beside the weights.
 MAX_ROWS = 16
 _MAX_LAYERS = 4
+# The rows that matrix units take at least; the tiles that fit beside those of other programs (AMD: in 64 KiB).
+_MIN_ROWS, _NUM_STAGES = (16, 3) if torch.version.hip else (8, 6)
 _LINE = tl.constexpr(64)  # elements in 128 bytes, the most that one prefetch asks for
 
 
@@ -39,11 +42,10 @@ class Config(NamedTuple):
 
 def choose_config(num_rows: int, num_features: int, input_size: int) -> Config:
     """The launch for `num_rows` rows and `num_features` output features of all layers together."""
-    # Programs of 32 features read the input half as often, but there have to be enough of them. What is on the way
-    # is at most 60 KiB: AMD's processors have 64.
+    # Programs of 32 features read the input half as often, but there have to be enough of them.
     block_n = 16 if num_rows <= 8 and num_features <= 8192 else 32
     block_k = min(4096 // block_n, max(16, triton.next_power_of_2(input_size)))
-    return Config(block_n, block_k, num_warps=4, num_stages=6)
+    return Config(block_n, block_k, num_warps=4, num_stages=_NUM_STAGES)
 
 
 def launch(
@@ -64,8 +66,7 @@ def launch(
     options: dict[str, Any] = {"num_warps": cut.num_warps, "num_stages": cut.num_stages}
     if cut.early:
         options["launch_pdl"] = True
-    # What the matrix units take at least.
-    block_m = max(16 if torch.version.hip else 8, triton.next_power_of_2(num_rows))
+    block_m = max(_MIN_ROWS, triton.next_power_of_2(num_rows))
     grid = (sum(triton.cdiv(size, cut.block_n) for size in sizes),)
     blocks = (block_m, cut.block_n, cut.block_k)
     args: list[Any] = [rows_MK, *layers, bias, num_rows, input_size, *blocks, cut.early]
