@@ -1,29 +1,40 @@
-"""Write each field inside prepare_metadata out as its formula, and merge what the formulas have in common.
+"""Lower the fields inside prepare_metadata: to one launch where a device has one, else each to its formula.
 
-Before:                                       After:
-    slots = slot_mapping(layout, T, 0, 1, 16)     lens = layout[:, 0]
-    starts = cu_seqlens_q(layout)                 starts = pad(cumsum(lens), (1, 0))          # once, for both
+Before:                                       After, on a GPU:
+    slots = slot_mapping(layout, T, 0, 1, 16)     arena = launch_fields(layout, T, "slot_mapping:0:1:16 cu_seqlens_q")
+    starts = cu_seqlens_q(layout)                 slots = arena[0 : 2 * T].view(int64)
+    table = block_table(layout, 0, 1)             starts = arena[...]
+                                                  table = layout[:, 3:]
+
+                                              After, on a CPU:
+                                                  lens = layout[:, 0]
+                                                  starts = pad(cumsum(lens), (1, 0))          # once, for both
                                                   slots = where(...)
+                                                  table = layout[:, 3:]
 
-What is left is plain torch, which Inductor fuses into a handful of kernels.
+What a launch does not compute, views of the layout and fields of third parties, is written out there, too. Equal parts
+of formulas are merged; what is left is plain torch, which Inductor fuses into a handful of kernels.
 """
 
 from __future__ import annotations
 
 import inspect
 from dataclasses import dataclass
+from typing import Any
 
 from torch import fx
 
 from autodeploy.effects import is_pure
 from autodeploy.equality import merge_equal
-from autodeploy.graph import PREPARE, record
+from autodeploy.graph import PREPARE, SITE, record
 from autodeploy.metadata import fields
+from autodeploy.ops.registry import field_launcher
+from autodeploy.ops.spec import FieldLauncher, FieldRequest
 
 
 @dataclass(frozen=True)
 class LowerFields:
-    """Expand the fields of prepare_metadata; matches the number of fields."""
+    """Launch or expand the fields of prepare_metadata; matches the number of fields."""
 
     name: str = "lower_fields"
 
@@ -31,11 +42,15 @@ class LowerFields:
         prepare = getattr(gm, PREPARE, None)
         if not isinstance(prepare, fx.GraphModule):
             return 0
+        launcher = _launcher(gm)
         lowered = 0
-        while waiting := [node for node in prepare.graph.nodes if fields.is_field(node.target)]:
+        while waiting := [node for node in _fields(prepare) if not _can_launch(node, launcher)]:
             lowered += len(waiting)
             for node in waiting:
                 _expand(node)
+        if launcher and (together := _fields(prepare)):
+            lowered += len(together)
+            _launch(prepare, launcher, together)
         if lowered:
             merge_equal(prepare.graph, [node for node in prepare.graph.nodes if is_pure(node)])
             prepare.graph.eliminate_dead_code()
@@ -43,10 +58,52 @@ class LowerFields:
         return lowered
 
 
+def _fields(prepare: fx.GraphModule) -> list[fx.Node]:
+    return [node for node in prepare.graph.nodes if fields.is_field(node.target)]
+
+
+def _launcher(gm: fx.GraphModule) -> FieldLauncher | None:
+    """What the device of the graph's caches, where the layout lies as well, has to launch fields with."""
+    sites = (node.meta[SITE] for node in gm.graph.nodes if SITE in node.meta)
+    site = next(sites, None)
+    return field_launcher(site.device) if site else None
+
+
+def _can_launch(node: fx.Node, launcher: FieldLauncher | None) -> bool:
+    if launcher is None or any(arg.op != "placeholder" for arg in node.all_input_nodes):
+        return False
+    request = _request(node)
+    return all(isinstance(value, int) for value in request.parameters) and launcher.supports(request)
+
+
+def _arguments(node: fx.Node) -> dict[str, Any]:
+    """The arguments of a field's formula by name, in its order."""
+    names = list(inspect.signature(fields.of_op(node.target).formula).parameters)
+    given = dict(zip(names, node.args, strict=False)) | node.kwargs
+    return {name: given[name] for name in names}
+
+
+def _request(node: fx.Node) -> FieldRequest:
+    arguments = _arguments(node)
+    parameters = (value for name, value in arguments.items() if name not in ("layout", "num_tokens"))
+    return FieldRequest(fields.of_op(node.target).name, tuple(parameters))
+
+
 def _expand(node: fx.Node) -> None:
-    formula = fields.of_op(node.target).formula
-    names = list(inspect.signature(formula).parameters)
-    arguments = dict(zip(names, node.args, strict=False)) | node.kwargs
-    value = record(node, formula, *(arguments[name] for name in names))
+    value = record(node, fields.of_op(node.target).formula, *_arguments(node).values())
     node.replace_all_uses_with(value)
     node.graph.erase_node(node)
+
+
+def _launch(prepare: fx.GraphModule, launcher: FieldLauncher, together: list[fx.Node]) -> None:
+    """Compute fields of inputs right after the inputs, by one launch."""
+    sizes = {tokens for node in together if (tokens := _arguments(node).get("num_tokens")) is not None}
+    assert len(sizes) <= 1, "one packed stream has one length"
+    layout = _arguments(together[0])["layout"]
+    first = next(node for node in prepare.graph.nodes if node.op != "placeholder")
+    requests = tuple(dict.fromkeys(map(_request, together)))
+    values = record(first, launcher.launch, layout, sizes.pop() if sizes else 0, requests)
+    value_of = dict(zip(requests, values, strict=True))
+    for node in together:
+        node.replace_all_uses_with(value_of[_request(node)])
+        prepare.graph.erase_node(node)

@@ -11,7 +11,7 @@ from types import ModuleType
 import torch
 
 from autodeploy.errors import OptionError, UnknownName, UnsupportedFeature
-from autodeploy.ops.spec import Backend, Kind, Site
+from autodeploy.ops.spec import Backend, FieldLauncher, Kind, Site
 
 _KIND_MODULES = ("attention", "causal_conv1d")
 # In the order in which "auto" prefers them, the oracle last; each module defines BACKENDS.
@@ -81,6 +81,12 @@ def choose_backend(site: Site, wanted: str | Mapping[str, str]) -> Backend:
         where=site.path,
         fix="choose another backend for this layer type, or another dtype" if named else "file the model as a request",
     )
+
+
+def field_launcher(device: torch.device) -> FieldLauncher | None:
+    """What computes many fields at once on `device`, None where formulas do well enough."""
+    kernels = triton_kernels("field_arena", device)
+    return kernels and kernels.LAUNCHER
 
 
 def check_backend_choice(wanted: str | Mapping[str, str]) -> None:
