@@ -62,9 +62,9 @@ class LLM:
     `model` is "demo", a folder, a hub id, or a loaded transformers model. Prompts are strings (put through the
     tokenizer's chat template unless `chat=False`) or lists of token ids (taken as they are).
     `num_pages` is the size of each KV group's page pool, by default what fits into a share of the free memory.
-    `max_num_tokens` is the budget of one step, by default 512, and 8192 on a GPU. With `compile=False` the graph runs as
-    FX made it. On a GPU decode steps run as CUDA graphs, unless `cuda_graphs=False`. Everything that can be refused is
-    refused here or when a request is made, before anything runs.
+    `max_num_tokens` is the budget of one step, by default 512, and 8192 on a GPU. With `compile=False` the graph runs
+    as FX made it. On a GPU decode steps run as CUDA graphs, unless `cuda_graphs=False`. Everything that can be refused
+    is refused here or when a request is made, before anything runs.
     """
 
     def __init__(

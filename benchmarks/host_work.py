@@ -75,7 +75,10 @@ def _micros(count: int) -> float:
     logits = torch.zeros(count + 2, 2)
     engine = Engine(
         lambda input_ids, layout, *caches: logits[: layout.shape[0]],
-        (CacheSpec("full", "paged", (1,), torch.int8, group=0), CacheSpec("window", "paged", (1,), torch.int8, group=1)),
+        (
+            CacheSpec("full", "paged", (1,), torch.int8, group=0),
+            CacheSpec("window", "paged", (1,), torch.int8, group=1),
+        ),
         LayoutSpec(PAGE_SIZE, (None, WINDOW)),
         device=torch.device("cpu"),
         num_pages=(count * MAX_MODEL_LEN // PAGE_SIZE + 1, count * MAX_MODEL_LEN // PAGE_SIZE + 1),

@@ -7,125 +7,24 @@ from itertools import pairwise
 
 import numpy as np
 import pytest
-import torch
+from hash_model import (
+    VOCABULARY,
+    HashModel,
+    LetterTokenizer,
+    StepFailed,
+    assert_nothing_owned,
+    generate,
+    make_engine,
+    run,
+)
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from torch import Tensor
 
 from autodeploy.errors import OptionError, RequestTooLong
-from autodeploy.metadata.layout import CONTEXT_LEN, NUM_FIXED_COLUMNS, QUERY_LEN, STATE_SLOT, LayoutSpec
-from autodeploy.ops.spec import CacheSpec
 from autodeploy.runtime.buckets import captured_sizes, padded_sizes
 from autodeploy.runtime.caches import default_num_pages
 from autodeploy.runtime.engine import Engine
 from autodeploy.runtime.requests import Request, RequestOutput, SamplingParams
-
-VOCABULARY = 50
-MAX_MODEL_LEN = 64
-
-
-class StepFailed(Exception):
-    """What the model raises, after it has written its caches."""
-
-
-def mix(values: list[int], start: int = 1) -> int:
-    """An order-dependent hash that fits int32."""
-    for value in values:
-        start = (start * 31 + value + 1) % 65521
-    return start
-
-
-class HashModel:
-    """Two layers and a state: the first layer hashes what its window of token ids shows, the second everything the
-    first wrote, the state is a running hash; the next token is the hash of the last two.
-
-    Group 0 pages full attention, group 1 the sliding window.
-    """
-
-    def __init__(self, page_size: int, window: int) -> None:
-        self.window = window
-        self.spec = LayoutSpec(page_size, (None, window), has_state=True)
-        self.cache_specs = (
-            CacheSpec("tokens", "paged", (1,), torch.int32, group=1),
-            CacheSpec("hidden", "paged", (1,), torch.int32, group=0),
-            CacheSpec("state", "state", (1,), torch.int32),
-        )
-        self.sizes: list[tuple[int, int]] = []
-        self.fail_at = -1
-
-    def expected(self, prompt: list[int], count: int) -> tuple[int, ...]:
-        """The tokens it generates, computed on a plain list."""
-        tokens = list(prompt)
-        for _ in range(count):
-            hidden = [mix(tokens[max(0, i + 1 - self.window) : i + 1]) for i in range(len(tokens))]
-            tokens.append(mix([mix(hidden), mix(tokens)]) % VOCABULARY)
-        return tuple(tokens[len(prompt) :])
-
-    def __call__(self, input_ids: Tensor, layout: Tensor, tokens: Tensor, hidden: Tensor, state: Tensor) -> Tensor:
-        assert input_ids.dtype is layout.dtype is torch.int32
-        self.sizes.append((len(input_ids), len(layout)))
-        logits = torch.zeros(len(layout), VOCABULARY)
-        stream, start = input_ids.tolist(), 0
-        for index, row in enumerate(layout.tolist()):
-            new = stream[start : start + row[QUERY_LEN]]
-            start += row[QUERY_LEN]
-            if new:
-                logits[index, self._advance(row, new, tokens.view(-1), hidden.view(-1), state.view(-1))] = 1
-        if len(self.sizes) == self.fail_at:
-            raise StepFailed
-        return logits
-
-    def _advance(self, row: list[int], new: list[int], tokens: Tensor, hidden: Tensor, state: Tensor) -> int:
-        pages = (len(row) - NUM_FIXED_COLUMNS) // 2
-        full, sliding = row[NUM_FIXED_COLUMNS:][:pages], row[NUM_FIXED_COLUMNS:][pages:]
-        cached, slot = row[CONTEXT_LEN], row[STATE_SLOT]
-        state[slot] = mix(new, int(state[slot]) if cached else 1)
-        for position, token in enumerate(new, cached):
-            tokens[self._slots(sliding, position, position + 1)] = token
-        for position in range(cached, cached + len(new)):
-            seen = tokens[self._slots(sliding, max(0, position + 1 - self.window), position + 1)]
-            hidden[self._slots(full, position, position + 1)] = mix(seen.tolist())
-        everything = hidden[self._slots(full, 0, cached + len(new))]
-        return mix([mix(everything.tolist()), int(state[slot])]) % VOCABULARY
-
-    def _slots(self, table: list[int], first: int, end: int) -> list[int]:
-        size = self.spec.page_size
-        pages = [table[position // size] for position in range(first, end)]
-        assert all(pages), "a position without a page is read or written"
-        return [page * size + position % size for position, page in zip(range(first, end), pages, strict=True)]
-
-
-class LetterTokenizer:
-    """Token 3 is "d", and so on."""
-
-    def decode(self, token_ids: list[int], *, skip_special_tokens: bool) -> str:
-        return "".join(chr(ord("a") + token % 26) for token in token_ids)
-
-
-def make_engine(model: HashModel, **options: object) -> Engine:
-    settings = {"device": torch.device("cpu"), "num_pages": (40, 40), "max_model_len": MAX_MODEL_LEN, "max_num_seqs": 4}
-    return Engine(model, model.cache_specs, model.spec, **(settings | options))  # type: ignore[arg-type]
-
-
-def run(engine: Engine, limit: int = 2000) -> None:
-    for _ in range(limit):
-        if not engine.has_work:
-            return
-        engine.step()
-    raise AssertionError("the engine does not come to an end")
-
-
-def assert_nothing_owned(engine: Engine) -> None:
-    assert not engine._tables.tables.any()
-    assert len(engine._tables.free_rows) == engine._tables.tables.shape[1]
-
-
-def generate(engine: Engine, prompts: list[list[int]], max_tokens: list[int]) -> list[RequestOutput]:
-    requests = engine.add_many(prompts, [SamplingParams(max_tokens=count) for count in max_tokens])
-    run(engine)
-    assert_nothing_owned(engine)
-    return [request.output() for request in requests]
-
 
 PROMPTS = [[1, 2, 3], [4], list(range(30)), [7] * 11, [9, 8], list(range(20))]
 MAX_TOKENS = [12, 20, 9, 15, 1, 8]

@@ -116,8 +116,8 @@ def nest_sequences(
     token_ids [sum of query_lens], the new tokens of all sequences, end to end; query_lens, context_lens, state_slots
     [n]; block_tables [G, n, W]; all integers. `num_pages` has the pool size of each KV group and `num_state_slots` that
     of the state caches, scratch included; without state caches `state_slots` may be all 0 (scratch).
-    T and S are padded with zeros up to `pad_tokens` and `pad_sequences`, T by one more where that would promise a decode
-    step that this is not (see layout.py); each block table is cut or padded to `pages_per_sequence` (default W).
+    T and S are padded with zeros up to `pad_tokens` and `pad_sequences`, T by one more where that would promise a
+    decode step that this is not (see layout.py); each block table is cut or padded to `pages_per_sequence` (default W).
     Entries of a block table that this step does not use, those behind a sliding window among them, are packed as 0.
     Raises LayoutError, with nothing written, for a batch that would read or write what it does not own.
     """

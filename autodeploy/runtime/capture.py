@@ -60,9 +60,7 @@ class CapturedStep:
     until the next.
     """
 
-    def __init__(
-        self, step: Step, buffer: Tensor, caches: Sequence[Tensor], max_num_seqs: int, graphs: Graphs
-    ) -> None:
+    def __init__(self, step: Step, buffer: Tensor, caches: Sequence[Tensor], max_num_seqs: int, graphs: Graphs) -> None:
         self._step = step
         self._buffer = buffer
         self._caches = tuple(caches)

@@ -10,7 +10,6 @@ from typing import NamedTuple
 import numpy as np
 import torch
 from numpy.typing import ArrayLike
-from torch import Tensor
 
 from autodeploy.errors import OptionError
 from autodeploy.metadata.layout import LayoutSpec
@@ -26,6 +25,7 @@ from autodeploy.runtime.requests import Request, SamplingParams, Status, as_prom
 from autodeploy.runtime.sampler import sample_tokens
 from autodeploy.runtime.scheduler import Batch, Scheduler
 from autodeploy.runtime.staging import Fetch, Link, Staging
+
 
 class StepOutput(NamedTuple):
     """What one step gave to one request; `text` is what has become certain since it was last asked for."""

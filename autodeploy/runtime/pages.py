@@ -124,7 +124,9 @@ class BlockTables:
 
     def _num_free(self) -> int:
         """How many pages every group has; without groups there are no pages to lack."""
-        return min([len(pool.free) for pool in self.pools]) if self.pools else self.tables.shape[1] * self.tables.shape[2]
+        return (
+            min([len(pool.free) for pool in self.pools]) if self.pools else self.tables.shape[1] * self.tables.shape[2]
+        )
 
     def extend(self, row: int, num_tokens: int) -> bool:
         """Give the row pages for positions up to `num_tokens`, in every group or, where one lacks them, in none."""
