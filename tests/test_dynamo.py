@@ -297,6 +297,7 @@ class Spy(CustomGraphPass):
         return "spy"
 
 
+@pytest.mark.skipif(not dynamo._TAKES_MANY, reason="this version of torch takes one pass, ours")
 def test_inductor_has_its_mode_and_options_and_the_users_passes() -> None:
     spy = Spy()
     torch.compile(torch.cos, backend="autodeploy", options={"post_grad_custom_pre_pass": spy})(inputs())

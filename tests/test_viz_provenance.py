@@ -294,10 +294,9 @@ def test_getitem_of_a_list_is_no_call() -> None:
     assert Snapshot.of(graph_module(build)).source_of == {}
 
 
-def test_empty_trace() -> None:
-    with Recorder() as recorder:
-        pass
-    assert recorder.trace() == Trace(())
+def test_a_recorder_that_no_pass_told_of_anything() -> None:
+    with Recorder() as recorder, pytest.raises(OptionError, match="nothing was recorded"):
+        recorder.trace()
     stage = Stage("start", Snapshot.of(two_negations()))
     assert Trace((stage,)).diff().is_empty
 

@@ -38,7 +38,7 @@ class Change:
         return self.what.partition(" ")[0]
 
     def __str__(self) -> str:
-        return f"{self.what.partition(' ')[2] or self.what}: {self.before} -> {self.after}"
+        return f"{self.what.partition(' ')[2] or self.what}: {self.before or '(none)'} -> {self.after or '(none)'}"
 
 
 class Comparison:

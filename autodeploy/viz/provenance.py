@@ -14,6 +14,7 @@ from typing import Protocol, Self
 
 from torch import fx
 
+from autodeploy.errors import OptionError
 from autodeploy.viz.infer import infer_fates
 from autodeploy.viz.links import Links
 from autodeploy.viz.read import graphs_of
@@ -82,7 +83,9 @@ class Recorder:
             node.meta.pop(_ID, None)
 
     def trace(self) -> Trace:
-        """All stages so far, the graph before the first pass included."""
+        """All stages so far, the graph before the first pass included. Raises OptionError where no pass ran."""
+        if not self._stages:
+            raise OptionError("nothing was recorded", fix="give the recorder to the passes: apply(gm, recorder=recorder)")
         return Trace(tuple(self._stages))
 
     def _finish(self, record: Record | None = None, error: str = "") -> None:

@@ -60,7 +60,7 @@ def _panel_nodes(diff: GraphDiff, graph: networkx.MultiDiGraph, block: Block) ->
             found = _entry_nodes(diff, diff.changed[index])
             keys |= found
             with_context |= found if diff.changed[index].kind != "merged" else {}
-    near = (other for key in with_context for other in (*graph.predecessors(key), *graph.successors(key)))
+    near = (other for key in with_context for other in (*graph.predecessors(key), *_few_readers(graph, key)))
     return [*keys, *dict.fromkeys(other for other in near if other not in keys and _is_context(graph.nodes[other]))]
 
 
@@ -69,6 +69,18 @@ def _entry_nodes(diff: GraphDiff, entry: Entry) -> dict[str, None]:
     paired = entry.kind in ("changed", "moved")
     ones = () if paired else entry.before[:1] if entry.kind == "merged" else entry.before
     return dict.fromkeys([f"b{id}" for id in ones] + [f"a{id}" for id in entry.after if id not in diff.after.source_of])
+
+
+def _readers(graph: networkx.MultiDiGraph, key: str) -> dict[str, None]:
+    """The nodes that read this one where it is: not those that have stopped to."""
+    gone = ("became", "removed") if key.startswith("a") else ("became",)
+    return dict.fromkeys(user for _, user, kind in graph.out_edges(key, data="kind") if kind not in gone)
+
+
+def _few_readers(graph: networkx.MultiDiGraph, key: str) -> dict[str, None]:
+    """The nodes that read this one, unless they are too many for edges."""
+    readers = _readers(graph, key)
+    return readers if len(readers) <= MAX_FAN_OUT else {}
 
 
 def _is_context(data: dict[str, Any]) -> bool:
@@ -100,12 +112,14 @@ def _panel(
 
 
 def _box_lines(graph: networkx.MultiDiGraph, key: str, inside: set[str]) -> list[str]:
-    """Glyph and op; name and value; what changed; what it reads from far away, by name."""
+    """Glyph and op; name and value; what changed; what it reads from far away, by name; how many read it there."""
     data = graph.nodes[key]
     far = (source for source, _, kind in graph.in_edges(key, data="kind") if source not in inside and kind != "became")
     ports = list(dict.fromkeys(graph.nodes[source]["name"] for source in far))
     lines = [f"{GLYPHS[data['kind']]} {data['text']}", f"{data['name']} {data['value']}", data["changes"]]
     lines += [f"◂ {', '.join(ports)}"] if ports else []
+    readers = _readers(graph, key).keys() - inside
+    lines += [f"▸ {len(readers)} readers"] if len(readers) > MAX_FAN_OUT else []
     return [_shortened(line.strip()) for line in lines if line]
 
 
