@@ -1,0 +1,147 @@
+"""torch's own variable-length flash attention over a paged cache: `torch.nn.attention.varlen`.
+
+Shapes: S sequences, P pages per sequence, T packed tokens, H query heads, K key-value heads, D head size, p page size.
+"""
+
+from __future__ import annotations
+
+import inspect
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from autodeploy.kernels import triton_support
+from autodeploy.kernels.paged import PagedAttention
+from autodeploy.metadata import fields
+from autodeploy.ops.spec import Backend, Site
+
+_PAGE_MULTIPLE = 256
+_MAX_HEAD_DIM = 256
+
+_library = torch.library.Library("autodeploy", "FRAGMENT")
+_library.define(
+    "varlen_paged_attention(Tensor query, Tensor key, Tensor value, Tensor? sinks, Tensor(a!) key_cache,"
+    " Tensor(b!) value_cache, Tensor slot_mapping, Tensor block_table, Tensor seq_lens, Tensor cu_seqlens_q, *,"
+    " float scale, int? window=None, float? softcap=None) -> Tensor",
+    tags=(torch.Tag.pt2_compliant_tag,),
+)
+
+
+@torch.library.impl(_library, "varlen_paged_attention", "CompositeExplicitAutograd")
+def _paged_attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    sinks: Tensor | None,
+    key_cache: Tensor,
+    value_cache: Tensor,
+    slot_mapping: Tensor,
+    block_table: Tensor,
+    seq_lens: Tensor,
+    cu_seqlens_q: Tensor,
+    *,
+    scale: float,
+    window: int | None = None,
+    softcap: float | None = None,
+) -> Tensor:
+    """Write the new keys and values, then attend to the pages in place.
+
+    query [1, H, T, D], key and value [1, K, T, D], caches [pages, p, K, D] -> [1, T, H, D], zeros for padding tokens.
+    The int tensors are the fields of the same names. `sinks` and `softcap` are None: `why_not` refuses them.
+    """
+    from torch.nn.attention.varlen import varlen_attn, varlen_attn_out
+
+    from autodeploy.kernels.triton_append import append
+
+    assert sinks is None
+    assert softcap is None
+    query_THD = query[0].transpose(0, 1)
+    out_THD = torch.empty(query_THD.shape, dtype=query.dtype, device=query.device)
+    append(key[0], value[0], key_cache, value_cache, out_THD, slot_mapping, cu_seqlens_q)
+    num_tokens, num_rows = query.shape[2], block_table.shape[0]
+    options: dict[str, Any] = {
+        "scale": scale,
+        "window_size": (-1 if window is None else window - 1, 0),
+        "enable_gqa": True,
+        "seqused_k": seq_lens,
+        "block_table": block_table,
+    }
+    # How many keys a row has is said by seqused_k. FA2 asks for cu_seq_k all the same, and FA3 refuses it.
+    cu_seq_k = None if _is_fa3() else cu_seqlens_q
+    max_k = block_table.shape[1] * key_cache.shape[1]
+    if num_tokens == num_rows:
+        # Of one token per row FA2 packs the query heads of a group together, and gives a tensor of its own with zeros
+        # for rows that have no keys.
+        out = varlen_attn(query_THD, key_cache, value_cache, cu_seqlens_q, cu_seq_k, 1, max_k, **options)
+        assert isinstance(out, Tensor)
+        return out[None]
+    # Rows of `out_THD` that belong to no sequence keep the zeros that `append` wrote.
+    max_q = max(2, num_tokens)
+    varlen_attn_out(out_THD, query_THD, key_cache, value_cache, cu_seqlens_q, cu_seq_k, max_q, max_k, **options)
+    return out_THD[None]
+
+
+@torch.library.register_fake("autodeploy::varlen_paged_attention", lib=_library)
+def _(query, *_, **__):
+    return query.new_empty(1, query.shape[2], query.shape[1], query.shape[3])
+
+
+def _is_fa3() -> bool:
+    from torch.nn.attention import current_flash_attention_impl
+
+    return current_flash_attention_impl() == "FA3"
+
+
+def _has_block_tables() -> bool:
+    from torch.nn.attention.varlen import varlen_attn
+
+    return "block_table" in inspect.signature(varlen_attn).parameters
+
+
+class VarlenAttention(PagedAttention):
+    name = "varlen"
+    meaning = "torch.nn.attention.varlen over block tables"
+    op = torch.ops.autodeploy.varlen_paged_attention.default
+
+    def why_not(self, site: Site) -> str | None:
+        refused = super().why_not(site) or triton_support.why_not(site.device) or _why_not_here(site)
+        return refused or _why_not_kernel(site)
+
+    def metadata(self, layout: Tensor, num_tokens: int, site: Site) -> dict[str, Tensor]:
+        return {
+            "slot_mapping": fields.slot_mapping(layout, num_tokens, site.group, site.num_groups, site.page_size),
+            "block_table": fields.block_table(layout, site.group, site.num_groups),
+            "seq_lens": fields.seq_lens(layout),
+            "cu_seqlens_q": fields.cu_seqlens_q(layout),
+        }
+
+
+def _why_not_here(site: Site) -> str | None:
+    """What this torch and this device lack."""
+    if not _has_block_tables():
+        return f"varlen_attn of torch {torch.__version__} takes no block table"
+    if site.device.type == "cuda" and torch.cuda.get_device_capability(site.device) < (8, 0):
+        return "flash attention needs compute capability 8.0 or later"
+    if site.page_size % _PAGE_MULTIPLE and not _is_fa3():
+        return f"pages of {site.page_size} tokens: FA2 needs a multiple of {_PAGE_MULTIPLE}, FA3 is not activated"
+    return None
+
+
+def _why_not_kernel(site: Site) -> str | None:
+    """What flash attention lacks for this layer."""
+    p = site.params
+    if site.dtype not in (torch.float16, torch.bfloat16):
+        return f"{site.dtype} is neither float16 nor bfloat16".replace("torch.", "")
+    if p["softcap"] is not None:
+        return "varlen_attn has no soft cap"
+    if p["has_sinks"]:
+        return "varlen_attn has no sinks"
+    if p["head_dim"] != p["value_dim"]:
+        return f"values of {p['value_dim']} and keys of {p['head_dim']} must be of one size"
+    if p["head_dim"] % 8 or p["head_dim"] > _MAX_HEAD_DIM:
+        return f"heads of {p['head_dim']} are not a multiple of 8 up to {_MAX_HEAD_DIM}"
+    return None
+
+
+BACKENDS: tuple[Backend, ...] = (VarlenAttention(),)
