@@ -1,10 +1,11 @@
 """Host work of a decode step: schedule, pack, copy, fetch, bookkeeping, with a model that computes nothing.
 
-    python benchmarks/host_work.py [--sequences 1 8 64 256] [--before REVISION] [--output benchmarks/results/host_work.json]
+    python benchmarks/host_work.py [--sequences 1 8 64 256] [--before REVISION]
+        [--output benchmarks/results/host_work.json]
 
 The step returns logits of 2 tokens that were made before, so what `Engine.step` takes is the host's work, and a little
-that is not: one call, one argmax over [S, 2]. Two KV groups, one of them a sliding window of 64 tokens; prompts of 17 to
-80 tokens, so that in every step some sequences begin a page and some leave one behind. With `--before` the same is
+that is not: one call, one argmax over [S, 2]. Two KV groups, one of them a sliding window of 64 tokens; prompts of 17
+to 80 tokens, so that in every step some sequences begin a page and some leave one behind. With `--before` the same is
 measured for that revision of the repository, in a process of its own, and both take turns.
 """
 

@@ -117,7 +117,9 @@ class Engine:
         self._caches = allocate_caches(cache_specs, layout_spec.page_size, num_pages, max_num_seqs, device)
         if graphs is None and cuda_graphs and device.type == "cuda":
             graphs = CudaGraphs(device)
-        self._captured = graphs and CapturedStep(step, self._staging.buffer, self._caches, max_rows, graphs)
+        self._captured: CapturedStep | None = None
+        if graphs is not None:
+            self._captured = CapturedStep(step, self._staging.buffer, self._caches, max_rows, graphs)
 
     @property
     def has_work(self) -> bool:

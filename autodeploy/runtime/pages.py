@@ -124,9 +124,8 @@ class BlockTables:
 
     def _num_free(self) -> int:
         """How many pages every group has; without groups there are no pages to lack."""
-        return (
-            min([len(pool.free) for pool in self.pools]) if self.pools else self.tables.shape[1] * self.tables.shape[2]
-        )
+        _, num_rows, max_pages = self.tables.shape
+        return min([len(pool.free) for pool in self.pools], default=num_rows * max_pages)
 
     def extend(self, row: int, num_tokens: int) -> bool:
         """Give the row pages for positions up to `num_tokens`, in every group or, where one lacks them, in none."""

@@ -30,9 +30,9 @@ from autodeploy.runtime.sequences import Sequences
 class Batch:
     """The requests of one step, or of all decode steps in a row as long as they stay the same.
 
-    `rows` [n], `query_lens` [n] and `context_lens` [n], int64, are those of the next step; where that `is_decode`, every
-    query_len is 1 and every request is sampled. Those that are stand at `places` of the batch. `longest` sequence has as
-    many tokens, cached and new. `changes` lists what became of the block tables since the first of these steps.
+    `rows` [n], `query_lens` [n] and `context_lens` [n], int64, are those of the next step; where that `is_decode`,
+    every query_len is 1 and every request is sampled. Those that are stand at `places` of the batch. `longest` is the
+    most tokens, cached and new, of a sequence. `changes` is what became of the block tables since the first step.
     """
 
     requests: list[Request]
@@ -59,7 +59,7 @@ class Batch:
     @cached_property
     def sampled(self) -> list[Request]:
         """The requests that get a token [k]."""
-        return self.requests if self.is_decode else [self.requests[place] for place in self.places]
+        return [self.requests[place] for place in np.arange(len(self.rows))[self.places]]
 
     @cached_property
     def limits(self) -> np.ndarray:
@@ -151,7 +151,7 @@ class Scheduler:
             self.tables.drop_unread(request.row, request.num_computed)
 
     def append(self, batch: Batch, tokens: np.ndarray) -> np.ndarray:
-        """Add `tokens` [k] to the sampled requests of a batch that is committed; returns [k] bool, which are complete."""
+        """Add `tokens` [k] to the sampled requests of a committed batch; returns [k] bool, which are complete."""
         rows, lengths = batch.rows[batch.places], batch.context_lens[batch.places]
         self.sequences.tokens[rows, lengths] = tokens
         lengths = lengths + 1
