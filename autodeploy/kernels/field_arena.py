@@ -56,7 +56,8 @@ _Sizes = tuple[Any, Any, Any]  # S, T and G * P: numbers, symbols or proxies
 
 
 @cache
-def _plan(requests: tuple[FieldRequest, ...]) -> _Plan:
+def make_plan(requests: tuple[FieldRequest, ...]) -> Any:
+    """What the kernel is compiled for: see _Plan."""
     sections: dict[tuple[str, tuple[int, ...]], dict[_Slot, None]] = {}
     # In the order in which programs start: those that have most to do first.
     for request in sorted(requests, key=lambda request: list(_KNOWN).index(request.name)):
@@ -108,7 +109,7 @@ _library.define(
 
 @torch.library.register_fake("autodeploy::launch_fields", lib=_library)
 def _empty_arena(layout: Tensor, num_tokens: int, requests: str) -> Tensor:
-    _, end = _begins(_plan(_from_text(requests)), _sizes(layout, num_tokens))
+    _, end = _begins(make_plan(_from_text(requests)), _sizes(layout, num_tokens))
     return torch.empty(end, dtype=torch.int32, device=layout.device)
 
 
@@ -118,15 +119,21 @@ def _launch(layout: Tensor, num_tokens: int, requests: str) -> Tensor:
     assert layout.dtype is torch.int32
     assert layout.stride(1) == 1
     arena = _empty_arena(layout, num_tokens, requests)
-    plan, sizes = _plan(_from_text(requests)), _sizes(layout, num_tokens)
-    row_block = min(max(triton.next_power_of_2(sizes[0]), _FEWEST_ROWS), _MOST_ROWS)
-    N, R = (8, row_block) if num_tokens <= _MANY_TOKENS else (64, min(row_block, 128))
+    plan, sizes = make_plan(_from_text(requests)), _sizes(layout, num_tokens)
+    blocks = choose_blocks(layout.shape[0], num_tokens)
     grid = 0
     for axis, parameters, _ in plan:
-        grid += num_programs.fn(axis, num_places.fn(axis, parameters, *sizes), sizes[0], N, row_block)
-    blocks: Any = {"PLAN": plan, "N": N, "R": R, "ROW_BLOCK": row_block, "PAGE_BLOCK": _PAGE_BLOCK}
-    fields_kernel[(grid,)](layout, arena, *sizes, layout.stride(0), **blocks)
+        places = num_places.fn(axis, parameters, *sizes)
+        grid += num_programs.fn(axis, places, layout.shape[0], blocks["N"], blocks["ROW_BLOCK"])
+    fields_kernel[(grid,)](layout, arena, *sizes, layout.stride(0), plan, **blocks)
     return arena
+
+
+def choose_blocks(num_rows: int, num_tokens: int) -> dict[str, Any]:
+    """The kernel's block sizes: powers of 2, few different ones, because each is compiled."""
+    row_block = min(max(triton.next_power_of_2(num_rows), _FEWEST_ROWS), _MOST_ROWS)
+    N, R = (8, row_block) if num_tokens <= _MANY_TOKENS else (64, min(row_block, 128))
+    return {"N": N, "R": R, "ROW_BLOCK": row_block, "PAGE_BLOCK": _PAGE_BLOCK}
 
 
 class TritonFields(FieldLauncher):
@@ -138,7 +145,7 @@ class TritonFields(FieldLauncher):
     def launch(self, layout: Tensor, num_tokens: int, requests: Sequence[FieldRequest]) -> list[Tensor]:
         arena = torch.ops.autodeploy.launch_fields.default(layout, num_tokens, _to_text(requests))
         sizes = _sizes(layout, num_tokens)
-        begins, _ = _begins(_plan(tuple(requests)), sizes)
+        begins, _ = _begins(make_plan(tuple(requests)), sizes)
         return [_view(arena, request, begins, sizes) for request in requests]
 
 
