@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from autodeploy.pipeline import Pass
 from passes.canonicalize import Canonicalize
 from passes.find_attention import FindAttention
+from passes.fuse_gated_linear import FuseGatedLinear
 from passes.gather_logits import GatherLogits
 from passes.insert_cached_attention import InsertCachedAttention
 from passes.lower_fields import LowerFields
@@ -17,6 +18,7 @@ from passes.share_metadata import ShareMetadata
 __all__ = [
     "Canonicalize",
     "FindAttention",
+    "FuseGatedLinear",
     "GatherLogits",
     "InsertCachedAttention",
     "LowerFields",
@@ -37,5 +39,6 @@ def default(backend: str | Mapping[str, str] = "auto", page_size: int = 16) -> l
         InsertCachedAttention(backend, page_size),
         ShareMetadata(),
         LowerFields(),
+        FuseGatedLinear(),
         LowerLinear(),
     ]

@@ -63,15 +63,30 @@ def launch(
     outputs = [input.new_empty(*input.shape[:-1], size) for size in sizes]
     absent = [None] * (_MAX_LAYERS - len(weights))
     layers = [*weights, *absent, *outputs, *absent, *sizes, *absent]
-    options: dict[str, Any] = {"num_warps": cut.num_warps, "num_stages": cut.num_stages}
-    if cut.early:
-        options["launch_pdl"] = True
-    block_m = max(_MIN_ROWS, triton.next_power_of_2(num_rows))
     grid = (sum(triton.cdiv(size, cut.block_n) for size in sizes),)
-    blocks = (block_m, cut.block_n, cut.block_k)
-    args: list[Any] = [rows_MK, *layers, bias, num_rows, input_size, *blocks, cut.early]
+    blocks, options = _blocks(num_rows, cut)
+    args: list[Any] = [rows_MK, *layers, bias, num_rows, input_size, *blocks]
     linears_kernel[grid](*args, **options)
     return outputs
+
+
+def launch_gated(input: Tensor, gate: Tensor, up: Tensor, config: Config | None = None) -> Tensor:
+    """silu(input gateᵀ) · (input upᵀ) in float32: input [..., K], weights [N, K] as in `launch` -> [..., N]."""
+    rows_MK = input.reshape(-1, input.shape[-1]).contiguous()
+    num_rows, input_size = rows_MK.shape
+    size = gate.shape[0]
+    cut = config or choose_config(num_rows, size, input_size)
+    out = input.new_empty(*input.shape[:-1], size)
+    blocks, options = _blocks(num_rows, cut)
+    args: list[Any] = [rows_MK, gate, up, out, size, num_rows, input_size, *blocks]
+    gated_kernel[(triton.cdiv(size, cut.block_n),)](*args, **options)
+    return out
+
+
+def _blocks(num_rows: int, cut: Config) -> tuple[tuple[int, int, int, bool], dict[str, Any]]:
+    """The last parameters of both kernels, and the options of their launch."""
+    options = {"num_warps": cut.num_warps, "num_stages": cut.num_stages} | ({"launch_pdl": True} if cut.early else {})
+    return (max(_MIN_ROWS, triton.next_power_of_2(num_rows)), cut.block_n, cut.block_k, cut.early), options
 
 
 @triton.jit(do_not_specialize=["M"])
@@ -116,34 +131,86 @@ def linears_kernel(
     n = (tile - first) * BLOCK_N + tl.arange(0, BLOCK_N)
     m = tl.arange(0, BLOCK_M)
     k = tl.arange(0, BLOCK_K)
-    # A last tile that is too long reads its last row again, and drops what comes of it.
-    rows = w_ptr + tl.minimum(n, N - 1).to(tl.int64)[:, None] * K
-    w_ptrs = rows + k[None, :]
-    x_ptrs = x_ptr + m[None, :] * K + k[:, None]
+    offsets = row_offsets(n, N, K)
     if EARLY:
-        # Nobody writes weights, so that they may be on their way to the L2 cache already.
-        prefetch(rows + tl.minimum(tl.arange(0, 16) * _LINE, K - 1)[None, :])
+        prefetch(w_ptr + offsets, K)
         gdc_wait()
         gdc_launch_dependents()
     acc = tl.zeros([BLOCK_N, BLOCK_M], tl.float32)
     for start in range(0, K, BLOCK_K):
-        if K % BLOCK_K == 0:
-            w = tl.load(w_ptrs + start, eviction_policy="evict_first")
-            x = tl.load(x_ptrs + start, mask=m[None, :] < M, other=0.0, eviction_policy="evict_last")
-        else:
-            w = tl.load(w_ptrs + start, mask=k[None, :] < K - start, other=0.0, eviction_policy="evict_first")
-            inside = (m[None, :] < M) & (k[:, None] < K - start)
-            x = tl.load(x_ptrs + start, mask=inside, other=0.0, eviction_policy="evict_last")
-        acc = tl.dot(w, x, acc)
+        w = load_weights(w_ptr + offsets, start + k, K, BLOCK_K)
+        acc = tl.dot(w, load_inputs(x_ptr, m, start + k, M, K, BLOCK_K), acc)
     if bias_ptr is not None:
         acc += tl.load(bias_ptr + tl.minimum(n, N - 1)).to(tl.float32)[:, None]
-    out = acc.to(out_ptr.dtype.element_ty)
-    tl.store(out_ptr + m[None, :] * N + n[:, None], out, mask=(m[None, :] < M) & (n[:, None] < N))
+    store(out_ptr, acc, m, n, M, N)
+
+
+@triton.jit(do_not_specialize=["M"])
+def gated_kernel(
+    x_ptr,
+    gate_ptr,
+    up_ptr,
+    out_ptr,
+    N,
+    M,
+    K: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    EARLY: tl.constexpr,
+):
+    """One program per BLOCK_N features of both layers."""
+    n = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
+    m = tl.arange(0, BLOCK_M)
+    k = tl.arange(0, BLOCK_K)
+    offsets = row_offsets(n, N, K)
+    if EARLY:
+        prefetch(gate_ptr + offsets, K)
+        prefetch(up_ptr + offsets, K)
+        gdc_wait()
+        gdc_launch_dependents()
+    gate = tl.zeros([BLOCK_N, BLOCK_M], tl.float32)
+    up = tl.zeros([BLOCK_N, BLOCK_M], tl.float32)
+    for start in range(0, K, BLOCK_K):
+        x = load_inputs(x_ptr, m, start + k, M, K, BLOCK_K)
+        gate = tl.dot(load_weights(gate_ptr + offsets, start + k, K, BLOCK_K), x, gate)
+        up = tl.dot(load_weights(up_ptr + offsets, start + k, K, BLOCK_K), x, up)
+    store(out_ptr, gate / (1 + tl.exp(-gate)) * up, m, n, M, N)
 
 
 @triton.jit
-def prefetch(ptrs):
-    """Ask the L2 cache for the lines at `ptrs`."""
+def row_offsets(n, N, K: tl.constexpr):
+    """Where the weights of features `n` begin. A tile beyond the last reads that again; what comes of it is dropped."""
+    return tl.minimum(n, N - 1).to(tl.int64)[:, None] * K
+
+
+@triton.jit
+def load_weights(ptrs, k, K: tl.constexpr, BLOCK_K: tl.constexpr):
+    if K % BLOCK_K == 0:
+        w = tl.load(ptrs + k[None, :], eviction_policy="evict_first")
+    else:
+        w = tl.load(ptrs + k[None, :], mask=k[None, :] < K, other=0.0, eviction_policy="evict_first")
+    return w
+
+
+@triton.jit
+def load_inputs(x_ptr, m, k, M, K: tl.constexpr, BLOCK_K: tl.constexpr):
+    inside = m[None, :] < M
+    if K % BLOCK_K != 0:
+        inside = inside & (k[:, None] < K)
+    return tl.load(x_ptr + m[None, :] * K + k[:, None], mask=inside, other=0.0, eviction_policy="evict_last")
+
+
+@triton.jit
+def store(out_ptr, acc, m, n, M, N):
+    inside = (m[None, :] < M) & (n[:, None] < N)
+    tl.store(out_ptr + m[None, :] * N + n[:, None], acc.to(out_ptr.dtype.element_ty), mask=inside)
+
+
+@triton.jit
+def prefetch(rows, K: tl.constexpr):
+    """Ask the L2 cache for the first 16 lines of each row. Nobody writes weights, so that there is no need to wait."""
+    ptrs = rows + tl.minimum(tl.arange(0, 16) * _LINE, K - 1)[None, :]
     tl.inline_asm_elementwise(
         "prefetch.global.L2 [$1]; mov.b32 $0, 0;", "=r,l", [ptrs], dtype=tl.int32, is_pure=False, pack=1
     )
