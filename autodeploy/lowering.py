@@ -96,7 +96,7 @@ def lower(
 ) -> Lowered:
     """Compile `gm`, made by the passes from a trace of `model`, with Inductor. Leaves `gm` as it is."""
     lifted, attributes = lift_attributes(copy_module(gm))
-    device = next(iter(attributes.values())).device
+    device = next(model.parameters()).device
     example_inputs = _example_inputs(layout_spec, cache_specs, device)
     fake_mode = FakeTensorMode(shape_env=ShapeEnv(duck_shape=False))
     with tracing(TracingContext(fake_mode)), torch.no_grad():

@@ -22,13 +22,13 @@ from autodeploy.pipeline import Pass
 
 def step_key(model: transformers.PreTrainedModel, steps: Sequence[Pass]) -> str:
     """Hash of all that the compiled code depends on: the model's code and configuration, the shapes of its weights,
-    the passes with their options and source, the backends, and the versions of torch and transformers."""
+    the passes with their options and source, the backends, the device, and the versions of torch and transformers."""
     digest = hashlib.sha256()
 
     def add(*parts: object) -> None:
         digest.update(repr(parts).encode())
 
-    add(torch.__version__, transformers.__version__, str(model.device), torch.get_num_threads())
+    add(torch.__version__, transformers.__version__, torch.get_num_threads(), *_device(model.device))
     add(type(model).__qualname__, model.config.to_json_string(use_diff=False), _source_of(type(model)))
     for name, tensor in model.state_dict().items():
         add(name, tuple(tensor.shape), tensor.dtype)
@@ -73,6 +73,13 @@ def _keep(lowered: Lowered, folder: Path, progress: Callable[[str], None]) -> No
         shutil.rmtree(building, ignore_errors=True)
         if not (folder / "step.json").exists():  # else another process was first, with the same
             progress(f"the compiled step is not kept, this run goes on: {error}")
+
+
+def _device(device: torch.device) -> tuple[object, ...]:
+    """What code for `device` is made for: its name and capability where they are known."""
+    if device.type != "cuda":
+        return (device.type,)
+    return device.type, torch.cuda.get_device_name(device), torch.cuda.get_device_capability(device)
 
 
 def _source_of(cls: type) -> str:

@@ -69,7 +69,7 @@ def difference(old: Tensor, new: Tensor, *, exact: bool) -> str | None:
 
 def run_batch(gm: fx.GraphModule, batch: Sequence[tuple[int, int]], generator: torch.Generator) -> Tensor:
     """Logits of the last token of each sequence [R, V], for sequences of random tokens in two chunks each."""
-    vocabulary = _vocabulary(gm)
+    vocabulary = _embedding(gm).shape[0]
     tokens = [torch.randint(0, vocabulary, (sum(chunks),), generator=generator) for chunks in batch]
     if placeholder(gm, "layout") is None:
         return torch.cat([_run_padded(gm, sequence) for sequence in tokens])
@@ -79,16 +79,16 @@ def run_batch(gm: fx.GraphModule, batch: Sequence[tuple[int, int]], generator: t
     return _run_cached(gm, batch, tokens)
 
 
-def _vocabulary(gm: fx.GraphModule) -> int:
-    """Rows of the embedding that the token ids index."""
-    embedding = gm.graph.find_nodes(op="call_function", target=torch.ops.aten.embedding.default)
-    return min(get_attribute(gm, str(node.args[0].target)).shape[0] for node in embedding[:1])
+def _embedding(gm: fx.GraphModule) -> Tensor:
+    """The embedding that the token ids index; it lies where the graph runs."""
+    node = gm.graph.find_nodes(op="call_function", target=torch.ops.aten.embedding.default)[0]
+    return get_attribute(gm, str(node.args[0].target))
 
 
 def _run_padded(gm: fx.GraphModule, sequence: Tensor) -> Tensor:
     positions = torch.arange(sequence.numel())[None]
     inputs = (sequence[None], positions)[: len(placeholders(gm))]
-    return gm(*inputs)[:, -1]
+    return gm(*(each.to(_embedding(gm).device) for each in inputs))[:, -1]
 
 
 def _run_packed(
@@ -109,13 +109,14 @@ def _run_packed(
         num_state_slots=_NUM_STATES,
         pad_sequences=rows + 1,
         pad_tokens=sum(len(t) for t in tokens) + 2,
-    )
+    ).to(_embedding(gm).device)
     return gm(nested.input_ids, nested.layout, *caches)
 
 
 def _run_cached(gm: fx.GraphModule, batch: Sequence[tuple[int, int]], tokens: list[Tensor]) -> Tensor:
     spec: LayoutSpec = gm.meta["autodeploy_layout_spec"]
-    caches = [_allocate(cache, spec.page_size) for cache in gm.meta["autodeploy_cache_specs"]]
+    device = _embedding(gm).device
+    caches = [_allocate(cache, spec.page_size, device) for cache in gm.meta["autodeploy_cache_specs"]]
     first = [sequence[: chunks[0]].numpy() for sequence, chunks in zip(tokens, batch, strict=True)]
     rest = [sequence[chunks[0] :].numpy() for sequence, chunks in zip(tokens, batch, strict=True)]
     _run_packed(gm, first, [0] * len(batch), spec, caches)
@@ -123,9 +124,9 @@ def _run_cached(gm: fx.GraphModule, batch: Sequence[tuple[int, int]], tokens: li
     return _last_rows(logits, [torch.as_tensor(chunk) for chunk in rest])
 
 
-def _allocate(cache: CacheSpec, page_size: int) -> Tensor:
+def _allocate(cache: CacheSpec, page_size: int, device: torch.device) -> Tensor:
     outer = (_NUM_PAGES, page_size) if cache.kind == "paged" else (_NUM_STATES,)
-    return torch.zeros(*outer, *cache.shape, dtype=cache.dtype)
+    return torch.zeros(*outer, *cache.shape, dtype=cache.dtype, device=device)
 
 
 def _last_rows(logits: Tensor, tokens: Sequence[Tensor]) -> Tensor:
