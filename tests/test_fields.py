@@ -192,6 +192,32 @@ def query_tiles(batch: Batch, block_size: int) -> list:
     return tiles + [[-1, 0]] * (places - len(tiles))
 
 
+def end_to_end(batch: Batch, pages: list[list[int]]) -> list[int]:
+    flat = [page for row in pages for page in row]
+    return flat + [0] * (len(batch.rows) * batch.pages_per_sequence - len(flat))
+
+
+@oracle
+def kv_page_indices(batch: Batch, group: int) -> list:
+    return end_to_end(batch, [table(batch, row, group)[: pages_in_use(batch, row)] for row in batch.rows])
+
+
+def pages_seen(batch: Batch, row: Row, window: int) -> range:
+    return range(max(0, row.context_len + 1 - window) // batch.page_size, pages_in_use(batch, row))
+
+
+@oracle
+def seen_page_indptr(batch: Batch, window: int) -> list:
+    return list(accumulate((len(pages_seen(batch, row, window)) for row in batch.rows), initial=0))
+
+
+@oracle
+def seen_page_indices(batch: Batch, group: int, window: int) -> list:
+    return end_to_end(
+        batch, [[table(batch, row, group)[page] for page in pages_seen(batch, row, window)] for row in batch.rows]
+    )
+
+
 @st.composite
 def batches(draw: st.DrawFn) -> Batch:
     length = st.tuples(st.integers(0, 9), st.integers(0, 20))

@@ -77,6 +77,7 @@ def field(
 def _load() -> None:
     import_module("autodeploy.metadata.fields_torch")
     import_module("autodeploy.metadata.fields_tiles")
+    import_module("autodeploy.metadata.fields_flashinfer")
     for point in entry_points(group="autodeploy.fields"):
         point.load()
 
