@@ -31,7 +31,7 @@ SITES |= {
 }
 # More tokens than rows, but for the decode step, whose padding tokens are those of its padding rows.
 STEPS = {name: (lengths, 2 if name == "decode" else 3) for name, lengths in BATCHES.items()}
-STEPS |= {"longer": ([(40, 30), (1, 90), (23, 0), (1, 0), (64, 1)], 3)}
+STEPS |= {"longer": ([(13, 30), (1, 50), (45, 1), (1, 0)], 3)}
 
 
 @pytest.fixture

@@ -4,17 +4,21 @@ from __future__ import annotations
 
 from typing import Any, NamedTuple
 
-from autodeploy.kernels import triton_conv1d, triton_linear
+import torch
+from triton_compile import SHARED_BYTES, TARGETS
+
+from autodeploy.kernels import triton_append, triton_conv1d, triton_decode, triton_linear, triton_prefill
 
 
 class Case(NamedTuple):
-    """The arguments of `compile_kernel`; `options` are num_warps and num_stages."""
+    """The arguments of `compile_kernel`; `options` are num_warps and num_stages, `targets` those it runs on."""
 
     name: str
     fn: Any
     signature: dict[str, str]
     constexprs: dict[str, Any]
     options: dict[str, int]
+    targets: tuple[str, ...] = tuple(TARGETS)
 
 
 CASES: list[Case] = []
@@ -46,15 +50,94 @@ CASES += [
     ),
 ]
 
-# Llama-3-8B: q, k and v for 8 rows, down for 16.
+# Llama-3-8B: q, k and v for 8 rows, gate and up, and down for 16. A launch on AMD's GPUs has fewer stages.
 _LINEAR = {"x_ptr": "*bf16", "w0_ptr": "*bf16", "out0_ptr": "*bf16", "N0": "i32:16", "M": "i32"}
-_SIBLINGS = {f"{name}{i}{end}": kind for i in (1, 2) for name, end, kind in (
-    ("w", "_ptr", "*bf16"), ("out", "_ptr", "*bf16"), ("N", "", "i32:16"))}  # fmt: skip
-for _name, _signature, _rows, _features, _input_size in (
-    ("linears_qkv", _LINEAR | _SIBLINGS, 8, 6144, 4096),
-    ("linears_down", _LINEAR, 16, 4096, 14336),
-):
-    _cut = triton_linear.choose_config(_rows, _features, _input_size)
-    _blocks = {"K": _input_size, "BLOCK_M": _rows, "BLOCK_N": _cut.block_n, "BLOCK_K": _cut.block_k, "EARLY": False}
-    _options = {"num_warps": _cut.num_warps, "num_stages": _cut.num_stages}
-    CASES.append(Case(_name, triton_linear.linears_kernel, _signature, _blocks, _options))
+_SIBLINGS = {"w1_ptr": "*bf16", "out1_ptr": "*bf16", "N1": "i32:16", "w2_ptr": "*bf16", "out2_ptr": "*bf16"}
+_QKV = _LINEAR | _SIBLINGS | {"N2": "i32:16"}
+_GATED = {"x_ptr": "*bf16", "gate_ptr": "*bf16", "up_ptr": "*bf16", "out_ptr": "*bf16", "N": "i32:16", "M": "i32"}
+
+
+def _linear_case(name: str, signature: dict[str, str], rows: int, features: int, input_size: int, target: str) -> Case:
+    cut = triton_linear.choose_config(rows, features, input_size)
+    is_amd = target == "gfx942"
+    blocks = {"K": input_size, "BLOCK_M": 16 if is_amd else rows, "BLOCK_N": cut.block_n, "BLOCK_K": cut.block_k}
+    fn = triton_linear.gated_kernel if name == "gated_linear" else triton_linear.linears_kernel
+    options = {"num_warps": cut.num_warps, "num_stages": 3 if is_amd else cut.num_stages}
+    return Case(name, fn, signature, blocks | {"EARLY": name.endswith("early")}, options, (target,))
+
+
+for _target in TARGETS:
+    CASES += [
+        _linear_case("linears_qkv", _QKV, 8, 6144, 4096, _target),
+        _linear_case("linears_down", _LINEAR, 16, 4096, 14336, _target),
+        _linear_case("gated_linear", _GATED, 16, 14336, 4096, _target),
+    ]
+CASES += [_linear_case("linears_qkv_early", _QKV, 8, 6144, 4096, target) for target in ("sm_90", "sm_100")]
+
+_DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32, "fp8e4nv": torch.float8_e4m3fn}
+_STRIDES = {f"{name}_stride_{size}": "i32:16" for name in ("query", "key", "value") for size in "ht"}
+_FIELDS = dict.fromkeys(("block_table", "seq_lens", "cu_seqlens_q", "query_tiles"), "*i32") | {"slot_mapping": "*i64"}
+_NUMBERS = dict.fromkeys(("table_stride", "num_tokens", "num_rows"), "i32")
+_ATTENTION = _STRIDES | _FIELDS | _NUMBERS | {"inner": "fp32", "multiplier": "fp32"}
+# Like Llama-3-8B but for what is given: 32 heads over 8 of 128.
+_LLAMA = {
+    "HEADS": 8,
+    "GROUP": 4,
+    "KEY_SIZE": 128,
+    "VALUE_SIZE": 128,
+    "PAGE_SIZE": 16,
+    "SPLITS": 1,
+    "HAS_SOFTCAP": False,
+}
+
+
+def _attention_case(
+    name: str, fn: Any, target: str, dtype: str = "bf16", cache: str = "", sinks: bool = False, **given: Any
+) -> Case:
+    """A case with the block sizes that the launcher chooses on `target`."""
+    constexprs = _LLAMA | given
+    types = _ATTENTION | dict.fromkeys(("query", "key", "value", "out"), f"*{dtype}")
+    types |= dict.fromkeys(("key_cache", "value_cache"), f"*{cache or dtype}")
+    types |= {"sinks": f"*{dtype}"} if sinks else {}
+    types |= {"part": "*fp32", "part_sums": "*fp32"} if constexprs["SPLITS"] > 1 else {}
+    sizes = constexprs["GROUP"], constexprs["KEY_SIZE"], constexprs["VALUE_SIZE"]
+    if fn is triton_decode.decode_kernel:
+        constexprs |= triton_decode.decode_blocks(*sizes, _DTYPES[cache or dtype], SHARED_BYTES[target])
+    else:
+        constexprs |= triton_prefill.prefill_blocks(*sizes, _DTYPES[dtype], SHARED_BYTES[target])
+    options = {option: constexprs.pop(option) for option in ("num_warps", "num_stages")}
+    signature = {arg: types[arg] for arg in fn.arg_names if arg in types}
+    return Case(name, fn, signature, {n: v for n, v in constexprs.items() if n in fn.arg_names}, options, (target,))
+
+
+_GPT_OSS = {"GROUP": 8, "KEY_SIZE": 64, "VALUE_SIZE": 64, "WINDOW": 128, "sinks": True}
+_GEMMA_2 = {"GROUP": 2, "KEY_SIZE": 256, "VALUE_SIZE": 256, "WINDOW": 4096, "HAS_SOFTCAP": True}
+for _target in TARGETS:
+    for _kind, _fn in (("decode", triton_decode.decode_kernel), ("prefill", triton_prefill.prefill_kernel)):
+        CASES += [
+            _attention_case(f"{_kind}_llama", _fn, _target),
+            _attention_case(f"{_kind}_llama_fp16_page_256", _fn, _target, "fp16", PAGE_SIZE=256),
+            _attention_case(f"{_kind}_llama_fp32", _fn, _target, "fp32"),
+            _attention_case(f"{_kind}_gpt_oss", _fn, _target, **_GPT_OSS),
+            _attention_case(f"{_kind}_gemma_2", _fn, _target, **_GEMMA_2),
+            _attention_case(f"{_kind}_size_80", _fn, _target, HEADS=32, GROUP=1, KEY_SIZE=80, VALUE_SIZE=80),
+            _attention_case(f"{_kind}_size_192_value_128", _fn, _target, HEADS=16, GROUP=1, KEY_SIZE=192),
+        ]
+        # float8_e4m3fn came with compute capability 8.9.
+        if _target != "sm_80":
+            CASES.append(_attention_case(f"{_kind}_llama_fp8", _fn, _target, cache="fp8e4nv"))
+    CASES.append(_attention_case("decode_llama_29_splits", triton_decode.decode_kernel, _target, SPLITS=29))
+_COMBINE = {"part": "*fp32", "part_sums": "*fp32", "cu_seqlens_q": "*i32", "out": "*bf16"}
+_APPEND = _ATTENTION | dict.fromkeys(("key", "value", "key_cache", "value_cache", "out"), "*bf16")
+_APPEND = {name: _APPEND[name] for name in triton_append.append_kernel.arg_names if name in _APPEND}
+_WIDTHS = {"BLOCK_D": 128, "BLOCK_E": 128}
+CASES += [
+    Case(
+        "combine_29_splits",
+        triton_decode.combine_kernel,
+        _COMBINE,
+        {"NUM_HEADS": 32, "VALUE_SIZE": 128, "SPLITS": 29, "BLOCK_R": 32, "BLOCK_E": 128},
+        {"num_warps": 4},
+    ),
+    Case("append_llama", triton_append.append_kernel, _APPEND, _LLAMA | _WIDTHS | {"BLOCK_T": 16}, {"num_warps": 4}),
+]

@@ -3,6 +3,9 @@
 Shapes: T packed tokens, H query heads, K key-value heads, G = H / K, D key size, E value size, p page size.
 """
 
+# Triton's launches and its language have types of their own.
+# pyright: reportArgumentType=false, reportCallIssue=false, reportGeneralTypeIssues=false
+
 from __future__ import annotations
 
 import triton

@@ -1,4 +1,4 @@
-"""How much of a GPU the paged attention kernels take: keys of a block, blocks in flight, and programs of a row."""
+"""How much of a GPU the paged attention kernels take: keys of a block, and programs that share a row."""
 
 from __future__ import annotations
 
@@ -15,13 +15,18 @@ _MAX_SPLITS = 64
 
 
 @cache
-def _device(device: torch.device) -> tuple[int, int]:
-    """(multiprocessors, bytes of shared memory that one program can have)."""
+def multiprocessors(device: torch.device) -> int:
+    """How many of them `device` has."""
+    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else _MULTIPROCESSORS
+
+
+@cache
+def shared_bytes(device: torch.device) -> int:
+    """Bytes of shared memory that one program can have on `device`."""
     if device.type != "cuda":
-        return _MULTIPROCESSORS, _SHARED_BYTES
+        return _SHARED_BYTES
     properties = torch.cuda.get_device_properties(device)
-    shared = getattr(properties, "shared_memory_per_block_optin", properties.shared_memory_per_block)
-    return properties.multi_processor_count, shared
+    return getattr(properties, "shared_memory_per_block_optin", properties.shared_memory_per_block)
 
 
 def block_keys(size: int, itemsize: int) -> int:
@@ -29,21 +34,12 @@ def block_keys(size: int, itemsize: int) -> int:
     return min(128, max(16, _KEY_BYTES // (triton.next_power_of_2(size) * itemsize)))
 
 
-def num_buffers(taken: int, block_bytes: int, programs: int, device: torch.device) -> int:
-    """How many blocks of keys and values, of `block_bytes` each, shared memory holds beside `taken` bytes; at least 1.
-
-    `programs` of the kernel are to share a multiprocessor.
-    """
-    room = _device(device)[1] // programs - taken
-    return max(1, room // block_bytes)
-
-
 def num_splits(programs: int, blocks: int, device: torch.device) -> int:
     """Among how many programs to share each row's keys, `blocks` of them at most, when there are `programs` otherwise.
 
     The fewest that keep the last wave of programs nearly as full as the best number would.
     """
-    slots = 2 * _device(device)[0]
+    slots = 2 * multiprocessors(device)
     if programs >= 4 * slots:
         return 1
 

@@ -7,6 +7,9 @@ Shapes: S sequences, T packed tokens, H query heads, K key-value heads, G = H / 
 units), D key size, E value size, p page size, N keys of one block, R splits.
 """
 
+# Triton's launches and its language have types of their own.
+# pyright: reportArgumentType=false, reportCallIssue=false, reportGeneralTypeIssues=false, reportOperatorIssue=false
+
 from __future__ import annotations
 
 import sys
@@ -16,7 +19,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from autodeploy.kernels.triton_blocks import block_keys, num_buffers, num_splits
+from autodeploy.kernels.triton_blocks import block_keys, num_splits, shared_bytes
 from autodeploy.kernels.triton_softmax import LOWEST, Scoring, load_block, load_sinks, squash, store_heads, take_block
 
 
@@ -105,11 +108,11 @@ def decode_kernel(
         highest_G, total_G, mixed_GE = take_block(score_GN, value_NE, highest_G, total_G, mixed_GE, multiplier)
     if SPLITS == 1:
         store_heads(out, token, head_G, mask_GE, mixed_GE / total_G[:, None], HEADS * GROUP, VALUE_SIZE, BLOCK_E)
-        return
-    place_G = (row.to(tl.int64) * (HEADS * GROUP) + head_G) * SPLITS + split
-    tl.store(part + place_G[:, None] * VALUE_SIZE + column_E[None, :], mixed_GE, mask=mask_GE)
-    tl.store(part_sums + place_G * 2, highest_G, mask=real_G)
-    tl.store(part_sums + place_G * 2 + 1, total_G, mask=real_G)
+    else:
+        place_G = (row.to(tl.int64) * (HEADS * GROUP) + head_G) * SPLITS + split
+        tl.store(part + place_G[:, None] * VALUE_SIZE + column_E[None, :], mixed_GE, mask=mask_GE)
+        tl.store(part_sums + place_G * 2, highest_G, mask=real_G)
+        tl.store(part_sums + place_G * 2 + 1, total_G, mask=real_G)
 
 
 @triton.jit(do_not_specialize=["cu_seqlens_q"])
@@ -142,6 +145,24 @@ def combine_kernel(
     tl.store(out_E, mean_E.to(out.dtype.element_ty), mask=column_E < VALUE_SIZE)
 
 
+def decode_blocks(
+    group_size: int, head_dim: int, value_dim: int, cache_dtype: torch.dtype, shared_bytes: int
+) -> dict[str, int]:
+    """The kernel's block sizes and launch options on a GPU with `shared_bytes` for two programs."""
+    block_d, block_e = triton.next_power_of_2(head_dim), triton.next_power_of_2(value_dim)
+    block_n = block_keys(max(head_dim, value_dim), cache_dtype.itemsize)
+    room = shared_bytes // 2 // (block_n * (block_d + block_e) * cache_dtype.itemsize)
+    return {
+        "BLOCK_G": max(16, triton.next_power_of_2(group_size)),
+        "BLOCK_D": block_d,
+        "BLOCK_E": block_e,
+        "BLOCK_N": block_n,
+        "num_warps": 4,
+        # The block in use is in registers by the time that the next one is asked for: a buffer less than stages.
+        "num_stages": min(3, 1 + max(1, room)),
+    }
+
+
 def decode(
     query_HTD: Tensor,
     key_KTD: Tensor,
@@ -162,24 +183,20 @@ def decode(
     num_kv_heads, num_tokens, head_dim = key_KTD.shape
     num_rows, value_dim = seq_lens.shape[0], value_KTE.shape[2]
     page_size, num_heads, device = key_cache.shape[1], query_HTD.shape[0], query_HTD.device
-    block_n = block_keys(max(head_dim, value_dim), key_cache.itemsize)
+    group_size = num_heads // num_kv_heads
+    blocks = decode_blocks(group_size, head_dim, value_dim, key_cache.dtype, shared_bytes(device))
     longest = min(block_table.shape[1] * page_size, scoring.window or sys.maxsize)
-    splits = num_splits(num_rows * num_kv_heads, triton.cdiv(longest, block_n), device)
+    splits = num_splits(num_rows * num_kv_heads, triton.cdiv(longest, blocks["BLOCK_N"]), device)
     part = part_sums = None
     if splits > 1:
         part = torch.empty(num_rows, num_heads, splits, value_dim, dtype=torch.float32, device=device)
         part_sums = torch.empty(num_rows, num_heads, splits, 2, dtype=torch.float32, device=device)
-    block_d, block_e = triton.next_power_of_2(head_dim), triton.next_power_of_2(value_dim)
     decode_kernel[(num_kv_heads, splits, num_rows)](
         query_HTD, key_KTD, value_KTE, sinks, key_cache, value_cache, block_table, seq_lens, cu_seqlens_q, out_THE,
         part, part_sums, *query_HTD.stride()[:2], *key_KTD.stride()[:2], *value_KTE.stride()[:2], block_table.stride(0),
         num_tokens, num_rows, scoring.inner, scoring.multiplier,
-        HEADS=num_kv_heads, GROUP=num_heads // num_kv_heads, KEY_SIZE=head_dim, VALUE_SIZE=value_dim,
-        PAGE_SIZE=page_size, WINDOW=scoring.window, HAS_SOFTCAP=scoring.inner != 0, SPLITS=splits,
-        BLOCK_G=max(16, triton.next_power_of_2(num_heads // num_kv_heads)), BLOCK_D=block_d, BLOCK_E=block_e,
-        BLOCK_N=block_n, num_warps=4,
-        # The block in use is in registers by the time that the next one is asked for: one buffer less than stages.
-        num_stages=min(3, 1 + num_buffers(0, block_n * (block_d + block_e) * key_cache.itemsize, 2, device)),
+        HEADS=num_kv_heads, GROUP=group_size, KEY_SIZE=head_dim, VALUE_SIZE=value_dim, PAGE_SIZE=page_size,
+        WINDOW=scoring.window, HAS_SOFTCAP=scoring.inner != 0, SPLITS=splits, **blocks,
     )  # fmt: skip
     if splits > 1:
         combine_kernel[(num_heads, num_rows)](
@@ -191,6 +208,6 @@ def decode(
             VALUE_SIZE=value_dim,
             SPLITS=splits,
             BLOCK_R=triton.next_power_of_2(splits),
-            BLOCK_E=block_e,
+            BLOCK_E=blocks["BLOCK_E"],
             num_warps=4,
         )

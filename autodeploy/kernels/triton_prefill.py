@@ -7,6 +7,9 @@ Shapes: S sequences, T packed tokens, H query heads, K key-value heads, G = H / 
 p page size, M (token, head) rows of one tile, N keys of one block.
 """
 
+# Triton's launches and its language have types of their own.
+# pyright: reportArgumentType=false, reportCallIssue=false, reportGeneralTypeIssues=false
+
 from __future__ import annotations
 
 import torch
@@ -14,7 +17,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from autodeploy.kernels.triton_blocks import block_keys, num_buffers
+from autodeploy.kernels.triton_blocks import block_keys, shared_bytes
 from autodeploy.kernels.triton_softmax import (
     LOWEST,
     Scoring,
@@ -32,7 +35,7 @@ def tile_tokens(group_size: int, dtype: torch.dtype) -> int:
 
 
 def _rows(group_size: int, dtype: torch.dtype) -> int:
-    """Rows of a tile: two warpgroups' worth for the matrix units, fewer for float32, which has none."""
+    """Rows of a tile: two warpgroups' worth for the matrix units; few for float32, which has none and needs registers."""
     return max(32 if dtype is torch.float32 else 128, triton.next_power_of_2(group_size))
 
 
@@ -125,6 +128,25 @@ def prefill_kernel(
     store_heads(out, token_M, head_M, mask_ME, mixed_ME / total_M[:, None], HEADS * GROUP, VALUE_SIZE, BLOCK_E)
 
 
+def prefill_blocks(
+    group_size: int, head_dim: int, value_dim: int, dtype: torch.dtype, shared_bytes: int
+) -> dict[str, int]:
+    """The kernel's block sizes and launch options on a GPU with `shared_bytes` for one program."""
+    block_d, block_e = triton.next_power_of_2(head_dim), triton.next_power_of_2(value_dim)
+    block_m = _rows(group_size, dtype)
+    block_n = 16 if dtype is torch.float32 else block_keys(max(head_dim, value_dim), dtype.itemsize)
+    room = shared_bytes - block_m * block_d * dtype.itemsize
+    return {
+        "TOKENS": tile_tokens(group_size, dtype),
+        "BLOCK_M": block_m,
+        "BLOCK_D": block_d,
+        "BLOCK_E": block_e,
+        "BLOCK_N": block_n,
+        "num_warps": 8,
+        "num_stages": min(3, max(1, room // (block_n * (block_d + block_e) * dtype.itemsize))),
+    }
+
+
 def prefill(
     query_HTD: Tensor,
     sinks: Tensor | None,
@@ -143,16 +165,11 @@ def prefill(
     """
     num_heads, _, head_dim = query_HTD.shape
     _, page_size, num_kv_heads, value_dim = value_cache.shape
-    group_size, itemsize = num_heads // num_kv_heads, query_HTD.itemsize
-    block_m, block_n = _rows(group_size, query_HTD.dtype), block_keys(max(head_dim, value_dim), itemsize)
-    block_d, block_e = triton.next_power_of_2(head_dim), triton.next_power_of_2(value_dim)
-    query_bytes = block_m * block_d * itemsize
+    group_size = num_heads // num_kv_heads
+    blocks = prefill_blocks(group_size, head_dim, value_dim, query_HTD.dtype, shared_bytes(query_HTD.device))
     prefill_kernel[(num_kv_heads, query_tiles.shape[0])](
         query_HTD, sinks, key_cache, value_cache, block_table, seq_lens, cu_seqlens_q, query_tiles, out_THE,
         *query_HTD.stride()[:2], block_table.stride(0), scoring.inner, scoring.multiplier,
-        HEADS=num_kv_heads, GROUP=group_size, KEY_SIZE=head_dim, VALUE_SIZE=value_dim,
-        PAGE_SIZE=page_size, WINDOW=scoring.window, HAS_SOFTCAP=scoring.inner != 0,
-        TOKENS=tile_tokens(group_size, query_HTD.dtype),
-        BLOCK_M=block_m, BLOCK_D=block_d, BLOCK_E=block_e, BLOCK_N=block_n, num_warps=8,
-        num_stages=min(3, num_buffers(query_bytes, block_n * (block_d + block_e) * itemsize, 1, query_HTD.device)),
+        HEADS=num_kv_heads, GROUP=group_size, KEY_SIZE=head_dim, VALUE_SIZE=value_dim, PAGE_SIZE=page_size,
+        WINDOW=scoring.window, HAS_SOFTCAP=scoring.inner != 0, **blocks,
     )  # fmt: skip
