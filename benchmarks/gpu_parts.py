@@ -1,0 +1,228 @@
+"""The sections of gpu.py that need no large model."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, fx
+from torch.profiler import ProfilerActivity
+from transformers import LlamaConfig, LlamaForCausalLM
+from triton.testing import do_bench
+
+import autodeploy as ad
+from autodeploy.graph import PREPARE, ROLE, SITE
+from autodeploy.metadata import fields
+from autodeploy.metadata.layout import LayoutSpec
+from autodeploy.ops.registry import backends
+from autodeploy.ops.spec import Backend, Site
+from passes import LowerFields, ShareMetadata
+
+DEVICE = torch.device("cuda")
+NUM_LAYERS = 32
+
+HEADS = {"num_heads": 32, "num_kv_heads": 8, "head_dim": 128, "value_dim": 128}
+SITE = Site(
+    "attention",
+    "layer",
+    "full_attention",
+    torch.bfloat16,
+    DEVICE,
+    num_groups=1,
+    page_size=16,
+    params=HEADS | {"scale": 128**-0.5, "causal": True, "softcap": None, "has_sinks": False, "has_bias": False},
+)
+
+
+def milliseconds(run: Callable[[], Any], rep: int = 200) -> float:
+    """The median of one run, once warm."""
+    return do_bench(run, warmup=50, rep=rep, return_mode="median")
+
+
+def captured(run: Callable[[], Any]) -> Callable[[], None]:
+    """`run` as a CUDA graph."""
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        run()
+    torch.cuda.current_stream().wait_stream(side)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        run()
+    return graph.replay
+
+
+def limits(_: dict[str, Any]) -> dict[str, float]:
+    """Bytes read and written by a copy, TB/s; a product of two random 8192 x 8192 bfloat16 matrices, TFLOP/s."""
+    source = torch.randn(1 << 30, device=DEVICE, dtype=torch.bfloat16)
+    target = torch.empty_like(source)
+    copy = 2 * source.nbytes / milliseconds(lambda: target.copy_(source)) / 1e9
+    read = source.nbytes / milliseconds(lambda: source.view(torch.int32).amax()) / 1e9
+    one, other = (torch.randn(8192, 8192, device=DEVICE, dtype=torch.bfloat16) for _ in range(2))
+    product = 2 * 8192**3 / milliseconds(lambda: one @ other) / 1e9
+    print(f"   copy {copy:.2f} TB/s, read {read:.2f} TB/s, matrix product {product:.0f} TFLOP/s")
+    return {"copy_tb_s": copy, "read_tb_s": read, "matmul_tflop_s": product}
+
+
+def nested(query_lens: list[int], context_lens: list[int], spec: LayoutSpec, num_pages: int, width: int) -> Any:
+    """A step on the device: sequences with pages of their own, in random order, padded to at least two rows."""
+    pages = np.random.default_rng(0).permutation(np.arange(1, num_pages)).astype(np.int32)
+    tables = np.zeros((spec.num_groups, len(query_lens), width), dtype=np.int32)
+    used = [-(-(q + c) // spec.page_size) for q, c in zip(query_lens, context_lens, strict=True)]
+    for group in range(spec.num_groups):
+        start = 0
+        for row, count in enumerate(used):
+            tables[group, row, :count] = pages[start : start + count]
+            start += count
+    total = sum(query_lens)
+    return ad.nest_sequences(
+        np.random.default_rng(1).integers(0, 1000, total),
+        query_lens,
+        context_lens,
+        tables,
+        np.arange(1, len(query_lens) + 1),
+        spec,
+        num_pages=[num_pages] * spec.num_groups,
+        num_state_slots=len(query_lens) + 1,
+        pad_tokens=max(2, total),
+        pad_sequences=max(2, len(query_lens)),
+    ).to(DEVICE)
+
+
+def prepare(_: dict[str, Any]) -> list[dict[str, Any]]:
+    """All metadata of a decode step of 32 layers at 1,024 cached tokens, as CUDA graphs: our launch, torch's ops once,
+    and torch's ops for every layer.
+    """
+    rows = []
+    for num_sequences in (64, 512):
+        for windows in ((None,), (None, 4096, 1024, 512, 256, 128, 64, 32)):
+            rows.append(_prepare(num_sequences, windows))
+            print("  ", rows[-1], flush=True)
+    return rows
+
+
+def _prepare(num_sequences: int, windows: tuple[int | None, ...]) -> dict[str, Any]:
+    spec = LayoutSpec(16, windows)
+    step = nested([1] * num_sequences, [1023] * num_sequences, LayoutSpec(16, (None,) * len(windows)), 40_000, 64)
+    layout, num_tokens = step.layout, step.num_tokens
+    backend = next(backend for backend in backends() if backend.name == "triton" and backend.kind == "attention")
+    sites = [replace(SITE, window=window, group=g, num_groups=spec.num_groups) for g, window in enumerate(windows)]
+    layers = [sites[layer % len(sites)] for layer in range(NUM_LAYERS)]
+
+    def once() -> list[Tensor]:
+        return [value for site in sites for value in _metadata(backend, layout, num_tokens, site)]
+
+    def per_layer() -> list[Tensor]:
+        return [value for site in layers for value in _metadata(backend, layout, num_tokens, site)]
+
+    shared = _prepare_module(backend, layers)
+    ours = lambda: shared(layout, num_tokens)  # noqa: E731
+    ours()
+    inductor = torch.compile(per_layer, dynamic=False)
+    inductor()
+    return {
+        "sequences": num_sequences,
+        "kv_groups": len(windows),
+        "ours_launches": _launches(ours),
+        "ours_us": milliseconds(captured(ours)) * 1e3,
+        "torch_once_launches": _launches(once),
+        "torch_once_us": milliseconds(captured(once)) * 1e3,
+        "torch_per_layer_launches": _launches(per_layer),
+        "torch_per_layer_us": milliseconds(captured(per_layer)) * 1e3,
+        "inductor_per_layer_launches": _launches(inductor),
+        "inductor_per_layer_us": milliseconds(captured(inductor)) * 1e3,
+        "empty_graph_us": milliseconds(captured(lambda: layout[:1, :1].add_(0))) * 1e3,
+    }
+
+
+def _metadata(backend: Backend, layout: Tensor, num_tokens: int, site: Site) -> list[Tensor]:
+    positions = fields.position_ids(layout, num_tokens)
+    return [positions, *backend.metadata(layout, num_tokens, site).values()]
+
+
+def _prepare_module(backend: Backend, layers: list[Site]) -> fx.GraphModule:
+    """The prepare_metadata that the passes make of every layer's metadata."""
+    graph = fx.Graph()
+    tracer = fx.proxy.GraphAppendingTracer(graph)
+    layout, num_tokens = (fx.Proxy(graph.placeholder(name), tracer) for name in ("layout", "num_tokens"))
+    for node in graph.nodes:
+        node.meta[ROLE] = "layout"
+    values = [value.node for site in layers for value in _metadata(backend, layout, num_tokens, site)]
+    graph.output(tuple(values))
+    graph.output_node().meta[SITE] = layers[0]
+    gm = fx.GraphModule(torch.nn.Module(), graph)
+    for step in (ShareMetadata(), LowerFields()):
+        step.apply(gm)
+    gm.recompile()
+    launches = [node for node in getattr(gm, PREPARE).graph.nodes if "launch_fields" in str(node.target)]
+    assert len(launches) == 1
+    return gm
+
+
+def _launches(run: Callable[[], Any]) -> int:
+    """How many kernels one run launches."""
+    run()
+    with torch.profiler.profile(activities=[ProfilerActivity.CUDA]) as profiler:
+        run()
+        torch.cuda.synchronize()
+    return sum(event.count for event in profiler.key_averages())
+
+
+def attention(results: dict[str, Any]) -> list[dict[str, Any]]:
+    """The decode step of one layer by each backend that runs here, 8 KV heads of 128, as CUDA graphs over layers whose
+    caches are read in turn; bytes are those of the keys and values that are read."""
+    rows = []
+    for sequences, context in ((1, 8192), (8, 8192), (64, 1024), (64, 8192)):
+        for backend in backends():
+            if backend.kind == "attention" and backend.name != "reference" and backend.why_not(SITE) is None:
+                rows.append(_attention(backend, sequences, context) | {"backend": backend.name})
+                rows[-1]["of_copy"] = rows[-1]["tb_s"] / results["limits"]["copy_tb_s"]
+                print("  ", rows[-1], flush=True)
+    return rows
+
+
+def _attention(backend: Backend, sequences: int, context: int) -> dict[str, Any]:
+    layers = max(1, min(16, (512 << 20) // (sequences * context * 4096) + 1))
+    num_pages = sequences * context // 16 + 2
+    step = nested([1] * sequences, [context - 1] * sequences, LayoutSpec(16, (None,)), num_pages, context // 16)
+    rows = step.num_tokens
+    shapes = [(num_pages, 16, *spec.shape) for spec in backend.caches(SITE)]
+    dtypes = [spec.dtype for spec in backend.caches(SITE)]
+    caches = [
+        tuple(
+            torch.randn(shape, device=DEVICE, dtype=torch.bfloat16).to(dtype)
+            for shape, dtype in zip(shapes, dtypes, strict=True)
+        )
+        for _ in range(layers)
+    ]
+    query = torch.randn(1, 32, rows, 128, device=DEVICE, dtype=torch.bfloat16)
+    key, value = (torch.randn(1, 8, rows, 128, device=DEVICE, dtype=torch.bfloat16) for _ in range(2))
+    metadata = backend.metadata(step.layout, rows, SITE)
+    run = captured(lambda: [backend.call((query, key, value, None, None), each, metadata, SITE) for each in caches])
+    seconds = milliseconds(run) / layers / 1e3
+    num_bytes = sequences * context * 8 * 128 * sum(dtype.itemsize for dtype in dtypes)
+    return {"sequences": sequences, "context": context, "us": seconds * 1e6, "tb_s": num_bytes / seconds / 1e12}
+
+
+def host(_: dict[str, Any]) -> list[dict[str, Any]]:
+    """The host's work for a greedy decode step of a small model: all but waiting for the device."""
+    config = LlamaConfig(hidden_size=256, intermediate_size=512, num_hidden_layers=2, num_attention_heads=4)
+    model = LlamaForCausalLM(config).eval().to(DEVICE, torch.bfloat16)
+    rows = []
+    for sequences in (1, 64):
+        llm = ad.LLM(model, max_num_seqs=sequences, max_num_tokens=4096)
+        prompts = [[index + 3] * 32 for index in range(sequences)]
+        llm.generate(prompts, ad.SamplingParams(max_tokens=16, ignore_eos=True))
+        before = replace(llm.stats)
+        llm.generate(prompts, ad.SamplingParams(max_tokens=256, ignore_eos=True))
+        steps = llm.stats.num_steps - before.num_steps
+        copies = llm.stats.num_host_to_device_copies - before.num_host_to_device_copies
+        seconds = llm.stats.host_seconds - before.host_seconds
+        rows.append(
+            {"sequences": sequences, "steps": steps, "host_us": seconds / steps * 1e6, "copies": copies / steps}
+        )
+        print("  ", rows[-1], flush=True)
+    return rows
