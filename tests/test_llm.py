@@ -8,12 +8,14 @@ import os
 import shutil
 import subprocess
 import sys
+from itertools import zip_longest
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from greedy import check_greedy
+from hash_model import LetterTokenizer
 from tiny_models import MODEL_TYPES, VOCAB_SIZE, WINDOW, tiny
 from torch._dynamo.utils import counters
 
@@ -150,6 +152,16 @@ def test_end_of_sequence_ends(llama: ad.LLM) -> None:
     llm = ad.LLM(model, compile=False, **SIZES)
     output = llm.generate(PROMPTS[1], ad.SamplingParams(max_tokens=20))[0]
     assert (output.token_ids, output.finish_reason) == (free[: free.index(free[4]) + 1], "stop")
+
+
+def test_streams_may_be_read_by_turns() -> None:
+    """Each also steps the requests of the other, and the shorter answer ends in a step of the longer one."""
+    llm = ad.LLM(tiny("llama"), LetterTokenizer(), compile=False, **SIZES)
+    lengths = [ad.SamplingParams(max_tokens=count, ignore_eos=True) for count in (20, 5)]
+    alone = [llm.generate(prompt, params)[0].text for prompt, params in zip(PROMPTS, lengths, strict=False)]
+    streams = [llm.stream(prompt, params) for prompt, params in zip(PROMPTS, lengths, strict=False)]  # type: ignore[arg-type]
+    pieces = list(zip_longest(*streams, fillvalue=""))
+    assert ["".join(text) for text in zip(*pieces, strict=True)] == alone
 
 
 @pytest.mark.parametrize(

@@ -38,14 +38,13 @@ class StepOutput(NamedTuple):
 
 @dataclass
 class StepOutputs:
-    """What one step gave: `token_ids` [k] int64 to `requests`, of which `finished` have ended.
+    """What one step gave: `token_ids` [k] int64 to `requests`.
 
     Iterating over it asks each request for its text, which takes longer than all the rest.
     """
 
     requests: Sequence[Request] = ()
     token_ids: np.ndarray = field(default_factory=lambda: np.empty(0, dtype=np.int64))
-    finished: Sequence[Request] = ()
 
     def __len__(self) -> int:
         return len(self.requests)
@@ -210,19 +209,16 @@ class Engine:
         for eos in self._eos_token_ids:
             is_eos |= tokens == eos
         is_eos &= batch.heeds_eos
-        finished = []
         for place in (is_last | is_eos).nonzero()[0].tolist():
             request = batch.sampled[place]
             request.ends_with_eos = bool(is_eos[place])
             self._scheduler.finish(request, "stop" if is_eos[place] else "length")
-            finished.append(request)
         # Behind all else: a tokenizer may raise, and by now every request has its token.
-        stopped = [request for request in batch.with_stop_strings if request.is_stopped()]
-        for request in stopped:
-            self._scheduler.finish(request, "stop")
-            request.finish_reason = "stop"
-        finished += [request for request in stopped if request not in finished]
-        return StepOutputs(batch.sampled, tokens, finished)
+        for request in batch.with_stop_strings:
+            if request.is_stopped():
+                self._scheduler.finish(request, "stop")
+                request.finish_reason = "stop"  # also where it was its last token
+        return StepOutputs(batch.sampled, tokens)
 
     def _count(self, num_tokens: int, inputs: Nested, sampler_bytes: int, host_seconds: float) -> None:
         stats = self.stats
