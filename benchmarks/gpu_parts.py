@@ -25,7 +25,7 @@ DEVICE = torch.device("cuda")
 NUM_LAYERS = 32
 
 HEADS = {"num_heads": 32, "num_kv_heads": 8, "head_dim": 128, "value_dim": 128}
-SITE = Site(
+LAYER = Site(
     "attention",
     "layer",
     "full_attention",
@@ -109,7 +109,7 @@ def _prepare(num_sequences: int, windows: tuple[int | None, ...]) -> dict[str, A
     step = nested([1] * num_sequences, [1023] * num_sequences, LayoutSpec(16, (None,) * len(windows)), 40_000, 64)
     layout, num_tokens = step.layout, step.num_tokens
     backend = next(backend for backend in backends() if backend.name == "triton" and backend.kind == "attention")
-    sites = [replace(SITE, window=window, group=g, num_groups=spec.num_groups) for g, window in enumerate(windows)]
+    sites = [replace(LAYER, window=window, group=g, num_groups=spec.num_groups) for g, window in enumerate(windows)]
     layers = [sites[layer % len(sites)] for layer in range(NUM_LAYERS)]
 
     def once() -> list[Tensor]:
@@ -177,7 +177,7 @@ def attention(results: dict[str, Any]) -> list[dict[str, Any]]:
     rows = []
     for sequences, context in ((1, 8192), (8, 8192), (64, 1024), (64, 8192)):
         for backend in backends():
-            if backend.kind == "attention" and backend.name != "reference" and backend.why_not(SITE) is None:
+            if backend.kind == "attention" and backend.name != "reference" and backend.why_not(LAYER) is None:
                 rows.append(_attention(backend, sequences, context) | {"backend": backend.name})
                 rows[-1]["of_copy"] = rows[-1]["tb_s"] / results["limits"]["copy_tb_s"]
                 print("  ", rows[-1], flush=True)
@@ -189,8 +189,8 @@ def _attention(backend: Backend, sequences: int, context: int) -> dict[str, Any]
     num_pages = sequences * context // 16 + 2
     step = nested([1] * sequences, [context - 1] * sequences, LayoutSpec(16, (None,)), num_pages, context // 16)
     rows = step.num_tokens
-    shapes = [(num_pages, 16, *spec.shape) for spec in backend.caches(SITE)]
-    dtypes = [spec.dtype for spec in backend.caches(SITE)]
+    shapes = [(num_pages, 16, *spec.shape) for spec in backend.caches(LAYER)]
+    dtypes = [spec.dtype for spec in backend.caches(LAYER)]
     caches = [
         tuple(
             torch.randn(shape, device=DEVICE, dtype=torch.bfloat16).to(dtype)
@@ -200,8 +200,8 @@ def _attention(backend: Backend, sequences: int, context: int) -> dict[str, Any]
     ]
     query = torch.randn(1, 32, rows, 128, device=DEVICE, dtype=torch.bfloat16)
     key, value = (torch.randn(1, 8, rows, 128, device=DEVICE, dtype=torch.bfloat16) for _ in range(2))
-    metadata = backend.metadata(step.layout, rows, SITE)
-    run = captured(lambda: [backend.call((query, key, value, None, None), each, metadata, SITE) for each in caches])
+    metadata = backend.metadata(step.layout, rows, LAYER)
+    run = captured(lambda: [backend.call((query, key, value, None, None), each, metadata, LAYER) for each in caches])
     seconds = milliseconds(run) / layers / 1e3
     num_bytes = sequences * context * 8 * 128 * sum(dtype.itemsize for dtype in dtypes)
     return {"sequences": sequences, "context": context, "us": seconds * 1e6, "tb_s": num_bytes / seconds / 1e12}
