@@ -183,6 +183,34 @@ def conv_state_indices(batch: Batch, kernel_size: int) -> list:
 
 
 @oracle
+def updated_slots(batch: Batch) -> list:
+    return [row.state_slot if row.query_len else -1 for row in batch.rows]
+
+
+@oracle
+def fresh_slots(batch: Batch) -> list:
+    return [0 if row.context_len else row.state_slot for row in batch.rows]
+
+
+def stream(batch: Batch, kernel_size: int) -> list[int]:
+    """Each sequence's new tokens behind the inputs before them; padding tokens go on after the last."""
+    places = []
+    for r, row in enumerate(batch.rows):
+        places += sources(batch, r, row, range(row.context_len - kernel_size + 1, row.seq_len), kernel_size)
+    return places + list(range(batch.total, batch.num_tokens))
+
+
+@oracle
+def conv_stream_indices(batch: Batch, kernel_size: int) -> list:
+    return stream(batch, kernel_size)
+
+
+@oracle
+def conv_stream_places(batch: Batch, kernel_size: int) -> list:
+    return [stream(batch, kernel_size).index(token) for token in range(batch.num_tokens)]
+
+
+@oracle
 def query_tiles(batch: Batch, block_size: int) -> list:
     tiles = []
     for r, row in enumerate(batch.rows):

@@ -2,19 +2,32 @@
 
 from __future__ import annotations
 
+import sys
 from dataclasses import replace
 from inspect import signature
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 from interpreter import interpreted
 from ragged import make_batch
-from test_kernels import attention_site, make_caches, make_inputs, not_a_decode_step, pack
+from test_kernels import (
+    BATCHES,
+    attention_site,
+    check,
+    conv_site,
+    make_caches,
+    make_inputs,
+    not_a_decode_step,
+    pack,
+)
 from torch import Tensor
+from torch.nn import functional
 from torch.nn.attention import varlen as torch_varlen
 
-from autodeploy.kernels import varlen
+from autodeploy.kernels import causal_conv1d_package, varlen
+from autodeploy.kernels.causal_conv1d_package import PackageCausalConv1d
 from autodeploy.kernels.varlen import VarlenAttention
 from autodeploy.ops.spec import Backend, Site
 
@@ -104,3 +117,59 @@ def test_varlen_arguments(
     assert passed["block_table"].shape[0] == 2
     assert (passed["max_q"], passed["max_k"]) == (max_q, passed["block_table"].shape[1] * 4)
     assert (passed["window_size"], passed["enable_gqa"], passed["scale"]) == ((left, 0), True, 0.3)
+
+
+def activate(out: Tensor, activation: str | None) -> Tensor:
+    return out if activation is None else functional.silu(out)
+
+
+def causal_conv1d_fn(x: Tensor, weight: Tensor, bias: Tensor | None = None, *, activation: str | None = None) -> Tensor:
+    """As the package documents it: x [1, C, L], zeros before the start."""
+    padded = functional.pad(x, (weight.shape[1] - 1, 0))
+    return activate(functional.conv1d(padded, weight[:, None], bias, groups=len(weight)), activation)
+
+
+def causal_conv1d_update(
+    x: Tensor,
+    conv_state: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    activation: str | None = None,
+    cache_seqlens: None = None,
+    conv_state_indices: Tensor | None = None,
+) -> Tensor:
+    """As the package documents it: x [S, C]; a row whose index is negative gives zeros and leaves all states alone."""
+    assert conv_state_indices is not None
+    out = torch.zeros_like(x)
+    for row, slot in enumerate(conv_state_indices.tolist()):
+        if slot >= 0:
+            inputs = torch.cat([conv_state[slot], x[row, :, None]], dim=1)
+            conv_state[slot] = inputs[:, 1:]
+            out[row] = causal_conv1d_fn(inputs[None], weight, bias, activation=activation)[0, :, -1]
+    return out
+
+
+@pytest.mark.parametrize("lengths", [*BATCHES.values(), [(1, 9), (1, 0), (1, 3)], [(1, 0), (1, 2), (0, 5)]])
+@pytest.mark.parametrize("kernel_size", [2, 4])
+def test_causal_conv1d_by_its_documentation(
+    lengths: list[tuple[int, int]], kernel_size: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    stub = SimpleNamespace(causal_conv1d_fn=causal_conv1d_fn, causal_conv1d_update=causal_conv1d_update)
+    monkeypatch.setitem(sys.modules, "causal_conv1d", stub)
+    site = conv_site(kernel_size=kernel_size, has_bias=True, activation="silu")
+    for rows, tokens in ((0, 0), (2, 2), (1, 4)):
+        check(PackageCausalConv1d(), site, make_batch(lengths, padding_rows=rows, padding_tokens=tokens))
+
+
+GPU = torch.device("cuda")
+
+
+def test_causal_conv1d_refuses(monkeypatch: pytest.MonkeyPatch) -> None:
+    backend, site = PackageCausalConv1d(), replace(conv_site(), device=GPU)
+    assert backend.why_not(conv_site()) == "causal-conv1d needs a GPU, not cpu"
+    monkeypatch.setattr(causal_conv1d_package, "_is_installed", lambda: False)
+    assert backend.why_not(site) == "causal-conv1d is not installed: pip install causal-conv1d"
+    monkeypatch.setattr(causal_conv1d_package, "_is_installed", lambda: True)
+    assert backend.why_not(site) is None
+    assert backend.why_not(changed(site, kernel_size=5)) == "5 taps are not among 2 to 4"
+    assert backend.why_not(replace(site, dtype=torch.float64)) == "float64 is not among float16, bfloat16 and float32"

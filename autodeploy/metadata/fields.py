@@ -78,6 +78,7 @@ def _load() -> None:
     import_module("autodeploy.metadata.fields_torch")
     import_module("autodeploy.metadata.fields_tiles")
     import_module("autodeploy.metadata.fields_flashinfer")
+    import_module("autodeploy.metadata.fields_conv1d")
     for point in entry_points(group="autodeploy.fields"):
         point.load()
 

@@ -15,7 +15,16 @@ from autodeploy.ops.spec import Backend, FieldLauncher, Kind, Site
 
 _KIND_MODULES = ("attention", "causal_conv1d")
 # In the order in which "auto" prefers them, the oracle last; each module defines BACKENDS.
-_BACKEND_MODULES = ("triton_attention", "sdpa", "torch_conv1d", "reference")
+_BACKEND_MODULES = (
+    "triton_attention",
+    "triton_conv1d",
+    "varlen",
+    "flashinfer",
+    "causal_conv1d_package",
+    "sdpa",
+    "torch_conv1d",
+    "reference",
+)
 _added: dict[str, Backend] = {}
 
 
@@ -40,9 +49,19 @@ def register_backend(backend: Backend) -> Backend:
 
 @cache
 def _installed() -> tuple[Backend, ...]:
-    ours = [b for name in _BACKEND_MODULES for b in import_module(f"autodeploy.kernels.{name}").BACKENDS]
+    ours = [backend for name in _BACKEND_MODULES for backend in _backends_in(name)]
     theirs = [point.load() for point in entry_points(group="autodeploy.backends")]
     return (*ours, *theirs)
+
+
+def _backends_in(module: str) -> tuple[Backend, ...]:
+    """The backends of a module of kernels; none where it is written in Triton and that is not installed."""
+    try:
+        return import_module(f"autodeploy.kernels.{module}").BACKENDS
+    except ModuleNotFoundError as error:
+        if error.name != "triton":
+            raise
+        return ()
 
 
 def backends() -> tuple[Backend, ...]:
