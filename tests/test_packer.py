@@ -6,6 +6,7 @@ from collections import deque
 from collections.abc import Callable
 
 import numpy as np
+import pytest
 import torch
 from fake_graphs import WorkGraphs
 from hash_model import VOCABULARY, HashModel, assert_nothing_owned, make_engine
@@ -13,7 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from autodeploy.errors import RequestTooLong
+from autodeploy.errors import OptionError, RequestTooLong
 from autodeploy.metadata.nest import Nested, nest_sequences
 from autodeploy.runtime.buckets import StepSizes
 from autodeploy.runtime.engine import Engine
@@ -155,6 +156,12 @@ def test_the_device_is_late_enough_to_show_a_missing_wait() -> None:
     for event in staging._events:
         event.synchronize = lambda: None  # type: ignore[method-assign]
     assert stream_steps(staging, link, 7) != list(range(7))
+
+
+def test_a_device_that_is_not_the_current_one_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+    with pytest.raises(OptionError, match=r"is on cuda:1, .* is cuda:0\n.*set_device\(1\)"):
+        Link(torch.device("cuda", 1))
 
 
 def test_the_host_is_ahead_by_as_many_steps_as_there_are_arenas() -> None:

@@ -15,6 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from autodeploy.errors import OptionError
 from autodeploy.metadata.nest import Arena, Nested
 
 NUM_ARENAS = 2
@@ -29,9 +30,17 @@ class Event(Protocol):
 
 
 class Link:
-    """Copies between the host and `device`, in the order of the device's current stream."""
+    """Copies between the host and `device`, in the order of the device's current stream.
+
+    Raises OptionError for a GPU that is not the current one: events and kernels would go to that.
+    """
 
     def __init__(self, device: torch.device) -> None:
+        if device.type == "cuda" and device.index not in (None, torch.cuda.current_device()):
+            raise OptionError(
+                f"the model is on {device}, the current device is cuda:{torch.cuda.current_device()}",
+                fix=f"torch.cuda.set_device({device.index}) first",
+            )
         self.device = device
         self.is_async = device.type == "cuda"
 
