@@ -14,6 +14,7 @@ import triton
 from torch import Tensor
 
 from autodeploy.kernels.triton_fields import fields_kernel, num_places, num_programs, slot_words
+from autodeploy.metadata.fields_torch import NO_WINDOW
 from autodeploy.metadata.layout import NUM_FIXED_COLUMNS
 from autodeploy.ops.spec import FieldLauncher, FieldRequest
 
@@ -37,19 +38,21 @@ _KNOWN = {
     "has_initial_state": _Known("row", dtype=torch.bool),
     "logits_indices": _Known("row", dtype=torch.int64),
     "kv_page_indptr": _Known("row"),
+    "seen_page_indptr": _Known("row"),
     "last_page_len": _Known("row"),
     "window_start": _Known("row"),
     "kv_page_indices": _Known("page", is_grouped=True),
+    "seen_page_indices": _Known("page", is_grouped=True),
     "query_tiles": _Known("tile"),
     "token_to_seq": _Known("token"),
     "is_token": _Known("token", dtype=torch.bool),
     "position_ids": _Known("token"),
     "slot_mapping": _Known("token", dtype=torch.int64, is_grouped=True),
 }
-_STARTS = ("cu_seqlens_q", "kv_page_indptr")  # with one more entry than there are rows
+_STARTS = ("cu_seqlens_q", "kv_page_indptr", "seen_page_indptr")  # with one more entry than there are rows
 
 # A plan is made of sections (axis, parameters, slots), a slot is (name, copies, parameters): plain tuples, which a
-# kernel takes as a constexpr. What is grouped has G copies, and the parameters G, page size, power of 2 from G on.
+# kernel takes as a constexpr. What is grouped has G copies, and the parameters G, power of 2 from G on, page size, ...
 _Slot = tuple[str, int, tuple[int, ...]]
 _Plan = tuple[tuple[str, tuple[int, ...], tuple[_Slot, ...]], ...]
 _Sizes = tuple[Any, Any, Any]  # S, T and G * P: numbers, symbols or proxies
@@ -69,10 +72,12 @@ def make_plan(requests: tuple[FieldRequest, ...]) -> Any:
 
 def _slot(request: FieldRequest) -> _Slot:
     name, parameters = request
+    if name in ("kv_page_indptr", "kv_page_indices"):  # what is seen through a window that hides nothing
+        name, parameters = name.replace("kv", "seen"), (*parameters, NO_WINDOW)
     if not _KNOWN[name].is_grouped:
         return name, 1, parameters
-    _, num_groups, page_size = parameters
-    return name, num_groups, (num_groups, page_size, triton.next_power_of_2(num_groups))
+    _, num_groups, *rest = parameters
+    return name, num_groups, (num_groups, triton.next_power_of_2(num_groups), *rest)
 
 
 def _begins(plan: _Plan, sizes: _Sizes) -> tuple[dict[tuple[_Slot, int], Any], Any]:

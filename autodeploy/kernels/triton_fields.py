@@ -72,14 +72,19 @@ def _lengths(layout, row, num_rows, row_stride):
 
 
 @triton.jit
-def _count(query, context, AXIS: tl.constexpr, PARAMETER: tl.constexpr):
-    """How many places of an axis a sequence owns; `PARAMETER` is the tile's or the page's size."""
+def _count(query, context, AXIS: tl.constexpr, SIZE: tl.constexpr, WINDOW: tl.constexpr = 0):
+    """How many places of an axis a sequence owns; `SIZE` is the tile's or the page's, pages are those that are seen."""
     if AXIS == "tile":
-        return tl.where(query > 1, (query + PARAMETER - 1) // PARAMETER, 0)
+        return tl.where(query > 1, (query + SIZE - 1) // SIZE, 0)
     elif AXIS == "page":
-        return (query + context + PARAMETER - 1) // PARAMETER
+        return tl.maximum((query + context + SIZE - 1) // SIZE - _first_page(context, SIZE, WINDOW), 0)
     else:
         return query
+
+
+@triton.jit
+def _first_page(context, SIZE: tl.constexpr, WINDOW: tl.constexpr):
+    return tl.maximum(context + 1 - WINDOW, 0) // SIZE
 
 
 @triton.jit
@@ -90,20 +95,21 @@ def _ends(
     first_row,
     num_rows,
     row_stride,
-    AXIS: tl.constexpr,
-    PARAMETER: tl.constexpr,
     R: tl.constexpr,
+    AXIS: tl.constexpr,
+    SIZE: tl.constexpr = 0,
+    WINDOW: tl.constexpr = 0,
 ):
     """Where the places of each of R rows from `first_row` on end."""
     before = 0
     for first in range(0, first_row, R):
         earlier_query, earlier_context = _lengths(layout, first + tl.arange(0, R), num_rows, row_stride)
-        before += tl.sum(_count(earlier_query, earlier_context, AXIS, PARAMETER), 0)
-    return before + tl.cumsum(_count(query, context, AXIS, PARAMETER), 0)
+        before += tl.sum(_count(earlier_query, earlier_context, AXIS, SIZE, WINDOW), 0)
+    return before + tl.cumsum(_count(query, context, AXIS, SIZE, WINDOW), 0)
 
 
 @triton.jit
-def _find(layout, place, num_rows, row_stride, AXIS: tl.constexpr, PARAMETER: tl.constexpr, R: tl.constexpr):
+def _find(layout, place, num_rows, row_stride, AXIS: tl.constexpr, SIZE: tl.constexpr, R: tl.constexpr):
     """The row that owns each of N places, -1 where none does, and what to add to the place.
 
     That gives a token's position, and added to the tile's size times the place, a tile's first token.
@@ -115,11 +121,11 @@ def _find(layout, place, num_rows, row_stride, AXIS: tl.constexpr, PARAMETER: tl
     for first in range(0, num_rows, R):
         row_R = first + tl.arange(0, R)
         query_R, context_R = _lengths(layout, row_R, num_rows, row_stride)
-        count_R = _count(query_R, context_R, AXIS, PARAMETER)
+        count_R = _count(query_R, context_R, AXIS, SIZE)
         end_R = places_before + tl.cumsum(count_R, 0)
         begin_R = end_R - count_R
         if AXIS == "tile":
-            shift_R = tokens_before + tl.cumsum(query_R, 0) - query_R - begin_R * PARAMETER
+            shift_R = tokens_before + tl.cumsum(query_R, 0) - query_R - begin_R * SIZE
             tokens_before += tl.sum(query_R, 0)
         else:
             shift_R = context_R - begin_R
@@ -134,11 +140,20 @@ def _find(layout, place, num_rows, row_stride, AXIS: tl.constexpr, PARAMETER: tl
 def _write_rows(layout, slot, first_row, num_rows, row_stride, FIELDS: tl.constexpr, R: tl.constexpr):
     row_R = first_row + tl.arange(0, R)
     query_R, context_R = _lengths(layout, row_R, num_rows, row_stride)
-    end_R = _ends(layout, query_R, context_R, first_row, num_rows, row_stride, "token", 0, R)
+    end_R = _ends(layout, query_R, context_R, first_row, num_rows, row_stride, R, "token")
     for i in tl.static_range(len(FIELDS)):
-        if _at(FIELDS, i, 0) == "kv_page_indptr":
+        if _at(FIELDS, i, 0) == "seen_page_indptr":
             page_end_R = _ends(
-                layout, query_R, context_R, first_row, num_rows, row_stride, "page", _at(FIELDS, i, 2, 0), R
+                layout,
+                query_R,
+                context_R,
+                first_row,
+                num_rows,
+                row_stride,
+                R,
+                "page",
+                _at(FIELDS, i, 2, 0),
+                _at(FIELDS, i, 2, 1),
             )
             _write_starts(slot, row_R, page_end_R, num_rows)
         elif _at(FIELDS, i, 0) == "cu_seqlens_q":
@@ -228,9 +243,9 @@ def _write_slots(
     INDEX: tl.constexpr,
 ):
     NUM_GROUPS: tl.constexpr = _at(FIELDS, INDEX, 2, 0)
-    PAGE_SIZE: tl.constexpr = _at(FIELDS, INDEX, 2, 1)
+    PAGE_SIZE: tl.constexpr = _at(FIELDS, INDEX, 2, 2)
     # All groups at once: one after another, each would wait for its own page numbers.
-    group_G = tl.arange(0, _at(FIELDS, INDEX, 2, 2))
+    group_G = tl.arange(0, _at(FIELDS, INDEX, 2, 1))
     entry_NG = (position_N // PAGE_SIZE)[:, None] + (group_G * (table_columns // NUM_GROUPS))[None, :]
     mask_NG = (token_N < num_tokens)[:, None] & (group_G < NUM_GROUPS)[None, :]
     page_NG = tl.load(table_N[:, None] + entry_NG, mask=mask_NG & (row_N >= 0)[:, None], other=0)
@@ -264,18 +279,19 @@ def _write_pages(
     PAGE_BLOCK: tl.constexpr,
 ):
     before = 0
-    used = 0
     total = 0
     for first in range(0, num_rows, R):
         row_R = first + tl.arange(0, R)
         query_R, context_R = _lengths(layout, row_R, num_rows, row_stride)
-        count_R = _count(query_R, context_R, "page", PARAMETERS[1])
+        count_R = _count(query_R, context_R, "page", PARAMETERS[2], PARAMETERS[3])
         before += tl.sum(tl.where(row_R < row, count_R, 0), 0)
-        used += tl.sum(tl.where(row_R == row, count_R, 0), 0)
         total += tl.sum(count_R, 0)
+    query, context = _lengths(layout, row, num_rows, row_stride)
+    used = _count(query, context, "page", PARAMETERS[2], PARAMETERS[3])
     num_pages = table_columns // PARAMETERS[0]
-    group_G = tl.arange(0, PARAMETERS[2])
-    table_G = layout + _TABLES + row * row_stride + group_G * num_pages
+    group_G = tl.arange(0, PARAMETERS[1])
+    first_page = _first_page(context, PARAMETERS[2], PARAMETERS[3])
+    table_G = layout + _TABLES + row * row_stride + first_page + group_G * num_pages
     slot_G = slot + group_G * slot_words("page", num_rows * num_pages)
     # A row writes P entries: its pages after those of the rows before it, and then as many zeros as it has pages fewer
     # than P, after the zeros of the rows before it, of which there are `row * P - before`.
