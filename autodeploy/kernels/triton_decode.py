@@ -20,7 +20,7 @@ import triton.language as tl
 from torch import Tensor
 
 from autodeploy.kernels.triton_blocks import block_keys, num_splits, shared_bytes
-from autodeploy.kernels.triton_softmax import LOWEST, Scoring, load_block, load_sinks, squash, store_heads, take_block
+from autodeploy.kernels.triton_softmax import LOWEST, Scoring, attend_range, load_sinks, squash, store_heads
 
 
 @triton.jit
@@ -93,19 +93,11 @@ def decode_kernel(
     share = tl.cdiv(tl.cdiv(last, BLOCK_N) - first_block, SPLITS)
     begin = (first_block + split * share) * BLOCK_N
     end = tl.minimum(begin + share * BLOCK_N, last)
-    position_N = begin + tl.arange(0, BLOCK_N)
-    page_N = tl.load(table + position_N // PAGE_SIZE, mask=(position_N >= first) & (position_N < end), other=0)
-    for _ in range(begin, end, BLOCK_N):
-        slot_N = page_N.to(tl.int64) * PAGE_SIZE + position_N % PAGE_SIZE
-        seen_N = (position_N >= first) & (position_N < end)
-        key_ND = load_block(key_cache, slot_N, head, seen_N, True, HEADS, KEY_SIZE, BLOCK_D).to(query_GD.dtype)
-        value_NE = load_block(value_cache, slot_N, head, seen_N, True, HEADS, VALUE_SIZE, BLOCK_E).to(query_GD.dtype)
-        # One block ahead, so that the loads above never wait for a page number.
-        position_N += BLOCK_N
-        page_N = tl.load(table + position_N // PAGE_SIZE, mask=position_N < end, other=0)
-        score_GN = squash(tl.dot(query_GD, tl.trans(key_ND), input_precision="ieee"), inner, HAS_SOFTCAP)
-        score_GN = tl.where(seen_N[None, :], score_GN, float("-inf"))
-        highest_G, total_G, mixed_GE = take_block(score_GN, value_NE, highest_G, total_G, mixed_GE, multiplier)
+    highest_G, total_G, mixed_GE = attend_range(
+        query_GD, highest_G, total_G, mixed_GE, tl.full([BLOCK_G], last, tl.int32), begin, end, first,
+        key_cache, value_cache, table, head, inner, multiplier, True, HEADS, KEY_SIZE, VALUE_SIZE, PAGE_SIZE,
+        None, HAS_SOFTCAP, BLOCK_D, BLOCK_E, BLOCK_N,
+    )  # fmt: skip
     if SPLITS == 1:
         store_heads(out, token, head_G, mask_GE, mixed_GE / total_G[:, None], HEADS * GROUP, VALUE_SIZE, BLOCK_E)
     else:

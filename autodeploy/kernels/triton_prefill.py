@@ -18,15 +18,7 @@ import triton.language as tl
 from torch import Tensor
 
 from autodeploy.kernels.triton_blocks import block_keys, shared_bytes
-from autodeploy.kernels.triton_softmax import (
-    LOWEST,
-    Scoring,
-    load_block,
-    load_sinks,
-    squash,
-    store_heads,
-    take_block,
-)
+from autodeploy.kernels.triton_softmax import LOWEST, Scoring, attend_range, load_sinks, store_heads
 
 
 def tile_tokens(group_size: int, dtype: torch.dtype) -> int:
@@ -35,40 +27,8 @@ def tile_tokens(group_size: int, dtype: torch.dtype) -> int:
 
 
 def _rows(group_size: int, dtype: torch.dtype) -> int:
-    """Rows of a tile: two warpgroups' worth for the matrix units; few for float32, which has none and needs registers."""
+    """Rows of a tile: two warpgroups' worth for the matrix units; few for float32, which needs registers instead."""
     return max(32 if dtype is torch.float32 else 128, triton.next_power_of_2(group_size))
-
-
-@triton.jit
-def _attend_range(
-    query_MD, highest_M, total_M, mixed_ME, position_M, begin, end, first, key_cache, value_cache, table, head,
-    inner, multiplier, MASKED: tl.constexpr,
-    HEADS: tl.constexpr, KEY_SIZE: tl.constexpr, VALUE_SIZE: tl.constexpr, PAGE_SIZE: tl.constexpr,
-    WINDOW: tl.constexpr, HAS_SOFTCAP: tl.constexpr,
-    BLOCK_D: tl.constexpr, BLOCK_E: tl.constexpr, BLOCK_N: tl.constexpr,
-):  # fmt: skip
-    """The running softmax once it has seen the keys from `begin`, a multiple of BLOCK_N, to `end`; none before `first`.
-
-    Without MASKED every row sees all of them, and `end` is a multiple of BLOCK_N too.
-    """
-    at_N = begin + tl.arange(0, BLOCK_N)
-    page_N = tl.load(table + at_N // PAGE_SIZE, mask=at_N < end, other=0)
-    for _ in range(begin, end, BLOCK_N):
-        slot_N = page_N.to(tl.int64) * PAGE_SIZE + at_N % PAGE_SIZE
-        own_N = (at_N >= first) & (at_N < end)
-        key_ND = load_block(key_cache, slot_N, head, own_N, MASKED, HEADS, KEY_SIZE, BLOCK_D).to(query_MD.dtype)
-        value_NE = load_block(value_cache, slot_N, head, own_N, MASKED, HEADS, VALUE_SIZE, BLOCK_E).to(query_MD.dtype)
-        score_MN = squash(tl.dot(query_MD, tl.trans(key_ND), input_precision="ieee"), inner, HAS_SOFTCAP)
-        if MASKED:
-            seen_MN = at_N[None, :] <= position_M[:, None]
-            if WINDOW is not None:
-                seen_MN &= at_N[None, :] > position_M[:, None] - WINDOW
-            score_MN = tl.where(seen_MN, score_MN, float("-inf"))
-        # One block ahead, so that the loads above never wait for a page number.
-        at_N += BLOCK_N
-        page_N = tl.load(table + at_N // PAGE_SIZE, mask=at_N < end, other=0)
-        highest_M, total_M, mixed_ME = take_block(score_MN, value_NE, highest_M, total_M, mixed_ME, multiplier)
-    return highest_M, total_M, mixed_ME
 
 
 @triton.jit(do_not_specialize=["block_table", "seq_lens", "cu_seqlens_q", "query_tiles", "table_stride"])
@@ -109,17 +69,17 @@ def prefill_kernel(
     if WINDOW is not None:
         first = tl.maximum(begin_token + shift + 1 - WINDOW, 0)
         whole_begin = tl.minimum(tl.cdiv(tl.maximum(end - WINDOW, 0), BLOCK_N) * BLOCK_N, whole_end)
-        highest_M, total_M, mixed_ME = _attend_range(
+        highest_M, total_M, mixed_ME = attend_range(
             query_MD, highest_M, total_M, mixed_ME, position_M, first // BLOCK_N * BLOCK_N, whole_begin, first,
             key_cache, value_cache, table, head, inner, multiplier, True, HEADS, KEY_SIZE, VALUE_SIZE, PAGE_SIZE,
             WINDOW, HAS_SOFTCAP, BLOCK_D, BLOCK_E, BLOCK_N,
         )  # fmt: skip
-    highest_M, total_M, mixed_ME = _attend_range(
+    highest_M, total_M, mixed_ME = attend_range(
         query_MD, highest_M, total_M, mixed_ME, position_M, whole_begin, whole_end, first,
         key_cache, value_cache, table, head, inner, multiplier, False, HEADS, KEY_SIZE, VALUE_SIZE, PAGE_SIZE,
         WINDOW, HAS_SOFTCAP, BLOCK_D, BLOCK_E, BLOCK_N,
     )  # fmt: skip
-    highest_M, total_M, mixed_ME = _attend_range(
+    highest_M, total_M, mixed_ME = attend_range(
         query_MD, highest_M, total_M, mixed_ME, position_M, whole_end, end, first,
         key_cache, value_cache, table, head, inner, multiplier, True, HEADS, KEY_SIZE, VALUE_SIZE, PAGE_SIZE,
         WINDOW, HAS_SOFTCAP, BLOCK_D, BLOCK_E, BLOCK_N,

@@ -63,7 +63,7 @@ def squash(scores, inner, HAS_SOFTCAP: tl.constexpr):
 
 
 @triton.jit
-def load_block(
+def _load_block(
     cache, slot_N, head, mask_N, MASKED: tl.constexpr, HEADS: tl.constexpr, SIZE: tl.constexpr, BLOCK: tl.constexpr
 ):
     """[N, BLOCK] of one head of a cache [slots, HEADS, SIZE]; zeros where `mask_N` is False, and from SIZE on.
@@ -84,10 +84,42 @@ def load_block(
 
 
 @triton.jit
-def take_block(scores_MN, value_NE, highest_M, total_M, mixed_ME, multiplier):
+def _take_block(scores_MN, value_NE, highest_M, total_M, mixed_ME, multiplier):
     """The running softmax once it has seen a block with these scores, each times `multiplier` in powers of two."""
     higher_M = tl.maximum(highest_M, tl.max(scores_MN, 1) * multiplier)
     weights_MN = tl.exp2(scores_MN * multiplier - higher_M[:, None])
     faded_M = tl.exp2(highest_M - higher_M)
     mixed_ME = tl.dot(weights_MN.to(value_NE.dtype), value_NE, mixed_ME * faded_M[:, None], input_precision="ieee")
     return higher_M, total_M * faded_M + tl.sum(weights_MN, 1), mixed_ME
+
+
+@triton.jit
+def attend_range(
+    query_MD, highest_M, total_M, mixed_ME, position_M, begin, end, first, key_cache, value_cache, table, head,
+    inner, multiplier, MASKED: tl.constexpr,
+    HEADS: tl.constexpr, KEY_SIZE: tl.constexpr, VALUE_SIZE: tl.constexpr, PAGE_SIZE: tl.constexpr,
+    WINDOW: tl.constexpr, HAS_SOFTCAP: tl.constexpr,
+    BLOCK_D: tl.constexpr, BLOCK_E: tl.constexpr, BLOCK_N: tl.constexpr,
+):  # fmt: skip
+    """The running softmax once it has seen the keys from `begin`, a multiple of BLOCK_N, to `end`; none before `first`.
+
+    Of these a row sees those up to its own position. Without MASKED it sees all, and `end` is a multiple of BLOCK_N.
+    """
+    at_N = begin + tl.arange(0, BLOCK_N)
+    page_N = tl.load(table + at_N // PAGE_SIZE, mask=at_N < end, other=0)
+    for _ in range(begin, end, BLOCK_N):
+        slot_N = page_N.to(tl.int64) * PAGE_SIZE + at_N % PAGE_SIZE
+        own_N = (at_N >= first) & (at_N < end)
+        key_ND = _load_block(key_cache, slot_N, head, own_N, MASKED, HEADS, KEY_SIZE, BLOCK_D).to(query_MD.dtype)
+        value_NE = _load_block(value_cache, slot_N, head, own_N, MASKED, HEADS, VALUE_SIZE, BLOCK_E).to(query_MD.dtype)
+        score_MN = squash(tl.dot(query_MD, tl.trans(key_ND), input_precision="ieee"), inner, HAS_SOFTCAP)
+        if MASKED:
+            seen_MN = own_N[None, :] & (at_N[None, :] <= position_M[:, None])
+            if WINDOW is not None:
+                seen_MN &= at_N[None, :] > position_M[:, None] - WINDOW
+            score_MN = tl.where(seen_MN, score_MN, float("-inf"))
+        # One block ahead, so that the loads above never wait for a page number.
+        at_N += BLOCK_N
+        page_N = tl.load(table + at_N // PAGE_SIZE, mask=at_N < end, other=0)
+        highest_M, total_M, mixed_ME = _take_block(score_MN, value_NE, highest_M, total_M, mixed_ME, multiplier)
+    return highest_M, total_M, mixed_ME
