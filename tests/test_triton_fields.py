@@ -131,6 +131,8 @@ def test_blocks_are_repeated(triton_device: torch.device, rows: int, tokens: int
 def test_large_layouts() -> None:
     for seed in range(60):
         check_large(seed)
+    largest = random_layout(1, 1024, 32768, groups=8, pages=64, page_size=16).cuda()
+    check(largest, 32768, every_request(8, (16,), (16, 128)))
 
 
 def check_large(seed: int) -> None:

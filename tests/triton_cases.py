@@ -7,7 +7,9 @@ from typing import Any, NamedTuple
 import torch
 from triton_compile import SHARED_BYTES, TARGETS
 
-from autodeploy.kernels import triton_append, triton_conv1d, triton_decode, triton_linear, triton_prefill
+from autodeploy.kernels import triton_append, triton_conv1d, triton_decode, triton_fields, triton_linear, triton_prefill
+from autodeploy.kernels.field_arena import choose_blocks, make_plan
+from autodeploy.ops.spec import FieldRequest
 
 
 class Case(NamedTuple):
@@ -140,4 +142,35 @@ CASES += [
         {"num_warps": 4},
     ),
     Case("append_llama", triton_append.append_kernel, _APPEND, _LLAMA | _WIDTHS | {"BLOCK_T": 16}, {"num_warps": 4}),
+]
+
+# The layers of Llama 3 ask for the first plan; the second has each kind of place, eight KV groups and two windows.
+_LLAMA_FIELDS = (
+    FieldRequest("position_ids", ()),
+    FieldRequest("slot_mapping", (0, 1, 16)),
+    FieldRequest("seq_lens", ()),
+    FieldRequest("cu_seqlens_q", ()),
+    FieldRequest("query_tiles", (32,)),
+    FieldRequest("logits_indices", ()),
+)
+_MANY_FIELDS = (
+    *(FieldRequest("slot_mapping", (group, 8, 16)) for group in range(8)),
+    *(FieldRequest("kv_page_indices", (group, 8, 16)) for group in range(8)),
+    *(FieldRequest("seen_page_indptr", (16, window)) for window in (128, 4096)),
+    *(FieldRequest(name, ()) for name in ("position_ids", "is_token", "token_to_seq", "seq_lens", "has_initial_state")),
+    FieldRequest("last_page_len", (16,)),
+    FieldRequest("query_tiles", (64,)),
+)
+_FIELDS = {"layout": "*i32", "arena": "*i32"}
+_FIELDS |= dict.fromkeys(("num_rows", "num_tokens", "table_columns", "row_stride"), "i32")
+CASES += [
+    Case(
+        f"fields_{name}_{rows}_rows_{tokens}_tokens",
+        triton_fields.fields_kernel,
+        _FIELDS,
+        {"PLAN": make_plan(requests)} | choose_blocks(rows, tokens),
+        {"num_warps": 4},
+    )
+    for name, requests in (("llama", _LLAMA_FIELDS), ("many", _MANY_FIELDS))
+    for rows, tokens in ((64, 64), (512, 512), (1024, 32768))
 ]
