@@ -16,7 +16,7 @@ from autodeploy.metadata.fields import catalogue
 from autodeploy.ops.registry import backends, kinds
 from autodeploy.ops.spec import Site
 
-_DISTRIBUTIONS = ("autodeploy-fx", "torch", "transformers", "triton", "gguf")
+_DISTRIBUTIONS = ("autodeploy-fx", "torch", "transformers", "triton", "flashinfer-python", "causal-conv1d", "gguf")
 # What one plain layer asks of each kind; enough for a backend to say whether it runs on this machine at all.
 _PLAIN_LAYER: dict[str, dict[str, Any]] = {
     "attention": {
@@ -55,7 +55,7 @@ def backend_lines() -> list[str]:
 
 
 def doctor_lines() -> list[str]:
-    """Versions, devices, compiler, cache, and which backends run a plain float32 layer on each device."""
+    """Versions, devices, compiler, cache, and which backends run a plain layer on each device or why they do not."""
     devices = _devices()
     rows = [
         ("python", platform.python_version()),
@@ -64,20 +64,26 @@ def doctor_lines() -> list[str]:
         ("C++ compiler", _compiler()),
         ("torch.compile", _compile_backend()),
         ("cache", _cache()),
-        *(_backend_row(kind.name, device) for device in devices for kind in kinds()),
     ]
-    return _table(rows)
+    lines = _table(rows)
+    for device in devices:
+        for kind in kinds():
+            # What a model is served in: half precision on a GPU.
+            dtype = torch.float32 if device.type == "cpu" else torch.bfloat16
+            lines += _backend_states(kind.name, device, dtype)
+    return lines
 
 
 def _backends_of(kind: str) -> list[Any]:
     return [backend for backend in backends() if backend.kind == kind]
 
 
-def _backend_row(kind: str, device: torch.device) -> tuple[str, str]:
-    site = Site(kind, "plain layer", "plain layer", torch.float32, device, page_size=16, params=_PLAIN_LAYER[kind])
-    reasons = {backend.name: backend.why_not(site) for backend in _backends_of(kind)}
-    states = [f"{name} works" if reason is None else f"{name} does not: {reason}" for name, reason in reasons.items()]
-    return f"{kind} on {device}", "; ".join(states) or "no backend"
+def _backend_states(kind: str, device: torch.device, dtype: torch.dtype) -> list[str]:
+    """A heading, and a line for each backend that says whether it runs a plain layer, or why not."""
+    site = Site(kind, "plain layer", "plain layer", dtype, device, page_size=16, params=_PLAIN_LAYER[kind])
+    states = [(f"  {backend.name}", backend.why_not(site) or "works") for backend in _backends_of(kind)]
+    heading = f"{kind} in {dtype} on {device}".replace("torch.", "")
+    return [heading, *_table(states or [("  (none)", "")])]
 
 
 def _version(distribution: str) -> str:

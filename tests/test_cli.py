@@ -155,8 +155,14 @@ def test_doctor(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPa
     out = capsys.readouterr().out
     assert torch.__version__ in out
     assert f"{tmp_path} (no models yet)" in out
-    assert all(f"{kind.name} on cpu" in out for kind in kinds())
-    assert "reference works" in out
+    lines = [line.split(maxsplit=1) for line in out.splitlines()]
+    for kind in kinds():
+        heading = lines.index([kind.name, "in float32 on cpu"])
+        listed = [b for b in backends() if b.kind == kind.name]
+        states = dict(lines[heading + 1 : heading + 1 + len(listed)])
+        assert list(states) == [b.name for b in listed]
+        assert states["reference"] == "works"
+        assert [name for name, state in states.items() if "GPU" in state][:1] == [listed[0].name]
 
 
 def test_reader_that_left_is_no_error(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

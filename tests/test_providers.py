@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import itertools
 import sys
 from dataclasses import replace
+from importlib.metadata import PackageNotFoundError
 from inspect import signature
-from types import SimpleNamespace
+from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import pytest
@@ -22,12 +24,14 @@ from test_kernels import (
     not_a_decode_step,
     pack,
 )
-from torch import Tensor
+from torch import Tensor, fx
+from torch.fx.proxy import GraphAppendingTracer
 from torch.nn import functional
 from torch.nn.attention import varlen as torch_varlen
 
-from autodeploy.kernels import causal_conv1d_package, varlen
+from autodeploy.kernels import causal_conv1d_package, flashinfer, varlen
 from autodeploy.kernels.causal_conv1d_package import PackageCausalConv1d
+from autodeploy.kernels.flashinfer import FlashInferAttention
 from autodeploy.kernels.varlen import VarlenAttention
 from autodeploy.ops.spec import Backend, Site
 
@@ -173,3 +177,91 @@ def test_causal_conv1d_refuses(monkeypatch: pytest.MonkeyPatch) -> None:
     assert backend.why_not(site) is None
     assert backend.why_not(changed(site, kernel_size=5)) == "5 taps are not among 2 to 4"
     assert backend.why_not(replace(site, dtype=torch.float64)) == "float64 is not among float16, bfloat16 and float32"
+
+
+HEADS_OF_64 = changed(PLAIN, head_dim=64, value_dim=64)
+
+
+@pytest.mark.parametrize(
+    ("site", "found", "reason"),
+    [
+        (HEADS_OF_64, "0.6.9", None),
+        (replace(HEADS_OF_64, page_size=16, window=5), "0.6.14", None),
+        (changed(HEADS_OF_64, softcap=30.0), "0.6.9.post1", None),
+        (HEADS_OF_64, "0.6.8", "flashinfer 0.6.8 is not known here: pip install 'flashinfer-python>=0.6.9,<0.7'"),
+        (HEADS_OF_64, "0.7.0", "flashinfer 0.7.0 is not known here: pip install 'flashinfer-python>=0.6.9,<0.7'"),
+        (changed(HEADS_OF_64, has_sinks=True), "0.6.9", "sinks are not supported"),
+        (PLAIN, "0.6.9", "heads of 16 and 16 are not both one of 64, 128 and 256"),
+        (replace(HEADS_OF_64, dtype=torch.float32), "0.6.9", "float32 is neither float16 nor bfloat16"),
+    ],
+)
+def test_flashinfer_refuses(site: Site, found: str, reason: str | None, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(flashinfer, "version", lambda _: found)
+    assert FlashInferAttention().why_not(site) == reason
+
+
+def test_flashinfer_is_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    def missing(name: str) -> str:
+        raise PackageNotFoundError(name)
+
+    monkeypatch.setattr(flashinfer, "version", missing)
+    expected = "flashinfer is not installed: pip install 'flashinfer-python>=0.6.9,<0.7'"
+    assert FlashInferAttention().why_not(HEADS_OF_64) == expected
+
+
+@pytest.mark.parametrize(("window", "left"), [(None, -1), (5, 4)])
+@pytest.mark.parametrize(
+    ("lengths", "name"), [([(1, 9), (1, 3), (1, 0)], "fa2"), ([(2, 9), (1, 3), (0, 7)], "fa3")], ids=["decode", "mixed"]
+)
+def test_flashinfer_arguments(
+    lengths: list[tuple[int, int]], name: str, window: int | None, left: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What a plan and a run are asked, in the order in which FlashInfer's wrappers of these versions ask it."""
+    asked, plans, runs = [], [], []
+
+    def get_module(*key: object) -> SimpleNamespace:
+        asked.append(key)
+        return SimpleNamespace(plan=lambda *args: plans.append(args) or [7, 8, 9], paged_run=lambda **k: runs.append(k))
+
+    module = ModuleType("flashinfer")
+    prefill = SimpleNamespace(get_batch_prefill_module=get_module)
+    utils = SimpleNamespace(determine_attention_backend=lambda *_: "fa3")
+    for path, stub in (("flashinfer", module), ("flashinfer.prefill", prefill), ("flashinfer.utils", utils)):
+        monkeypatch.setitem(sys.modules, path, stub)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+    monkeypatch.setattr(flashinfer, "_PARTIAL_BYTES", 64)
+    out = call(FlashInferAttention(), replace(HEADS_OF_64, window=window), lengths)
+
+    bf16 = torch.bfloat16
+    assert asked == [(name, bf16, bf16, bf16, torch.int32, 64, 64, 0, window is not None, False, False)] * 2
+    (plan,) = plans
+    starts, pages, seen = plan[3:6]
+    assert plan[6:15] == (3, 3, 6, 2, 4, False, 64, 64, True)
+    assert plan[15:] == ((left, -1, False, 0) if name == "fa2" else (left,))
+    assert starts.tolist() == [0, *itertools.accumulate(query for query, _ in lengths)]
+    # The positions of whole pages, of which the last is used in part, from the first that the window sees.
+    firsts = [0 if window is None else max(0, context + 1 - window) // 4 * 4 for _, context in lengths]
+    assert seen.tolist() == [query + context - first for (query, context), first in zip(lengths, firsts, strict=True)]
+    assert pages.diff().tolist() == [-(-length // 4) for length in seen.tolist()]
+    (run,) = runs
+    assert run["plan_info_vec"] == [7, 8, 9]
+    assert run["o"].data_ptr() == out.data_ptr()
+    # A step with a longer row has more tokens than rows.
+    assert run["q"].shape == run["o"].shape == (4 if name == "fa3" else 3, 6, 64)
+    assert run["paged_k_cache"].shape[1:] == (4, 2, 64)
+    assert run["paged_kv_indptr"].tolist() == pages.tolist()
+    assert (run["paged_kv_indices"][: pages[-1]] > 0).all()
+    assert (run["window_left"], run["logits_soft_cap"], run["sm_scale"]) == (left, 0.0, 0.3)
+
+
+def test_flashinfer_plans_once_for_each_key() -> None:
+    """Two layers of one key ask for equal plans, which sharing makes one; a layer with more heads asks for its own."""
+    backend = FlashInferAttention()
+    wide = changed(HEADS_OF_64, num_heads=8)
+    graph = fx.Graph()
+    proxy = fx.Proxy(graph.placeholder("layout"), GraphAppendingTracer(graph))
+    for site in (HEADS_OF_64, replace(HEADS_OF_64, path="another layer"), wide):
+        backend.metadata(proxy, 4, site)
+    plans = [node for node in graph.nodes if node.target is torch.ops.autodeploy.flashinfer_plan.default]
+    keys = {(str(node.kwargs), tuple(str(getattr(arg, "target", arg)) for arg in node.args)) for node in plans}
+    assert (len(plans), len(keys)) == (3, 2)
