@@ -57,13 +57,13 @@ def _causal_conv1d(
         state_cache.index_fill_(0, fresh_slots, 0)
         slots = {"conv_state_indices": updated_slots}
         out_TC = causal_conv1d_update(hidden_CT.T, state_cache, weight, bias, activation, **slots)
-        return out_TC.contiguous().T[None]
+        return out_TC.contiguous()[None].transpose(1, 2)
     old_CM = state_cache[state_slots].transpose(0, 1).flatten(1)
     source_CM = torch.cat([hidden_CT, old_CM, torch.zeros_like(hidden_CT[:, :1])], dim=1)
     stream_1CM = source_CM.index_select(1, stream_indices)[None]
     out_1CM = causal_conv1d_fn(stream_1CM, weight, bias, activation=activation)
     state_cache.index_put_((state_slots,), source_CM[:, state_indices].transpose(0, 1))
-    return out_1CM[0].T.index_select(0, stream_places).T[None]
+    return out_1CM.transpose(1, 2).index_select(1, stream_places).transpose(1, 2)
 
 
 @torch.library.register_fake("autodeploy::package_causal_conv1d", lib=_library)

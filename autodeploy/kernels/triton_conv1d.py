@@ -186,7 +186,7 @@ def _causal_conv1d(
     """
     _, channels, num_tokens = hidden.shape
     num_rows = state_slots.shape[0]
-    out_TC = torch.empty((num_tokens, channels), dtype=hidden.dtype, device=hidden.device)
+    out_1TC = torch.empty((1, num_tokens, channels), dtype=hidden.dtype, device=hidden.device)
     tensors = (hidden, weight.contiguous(), bias, state_cache)
     rows = (state_slots, has_initial_state, cu_seqlens_q)
     # The plain formula of state_slots is a column of the layout.
@@ -194,12 +194,12 @@ def _causal_conv1d(
     blocks = triton.cdiv(channels, _BLOCK_C)
     silu, block_n = activation is not None, triton.next_power_of_2(weight.shape[1])
     if num_tokens == num_rows:
-        decode_kernel[(blocks, num_rows)](*tensors, *rows, out_TC, *sizes, silu, block_n, _BLOCK_C, num_warps=1)
-        return out_TC.T[None]
+        decode_kernel[(blocks, num_rows)](*tensors, *rows, out_1TC, *sizes, silu, block_n, _BLOCK_C, num_warps=1)
+        return out_1TC.transpose(1, 2)
     grid = (triton.cdiv(num_tokens, _BLOCK_T), blocks)
-    output_kernel[grid](*tensors, *rows, token_to_seq, out_TC, num_tokens, *sizes, silu, _BLOCK_T, _BLOCK_C)
+    output_kernel[grid](*tensors, *rows, token_to_seq, out_1TC, num_tokens, *sizes, silu, _BLOCK_T, _BLOCK_C)
     state_kernel[(blocks, num_rows)](hidden, state_cache, *rows, *sizes, block_n, _BLOCK_C, num_warps=1)
-    return out_TC.T[None]
+    return out_1TC.transpose(1, 2)
 
 
 @torch.library.register_fake("autodeploy::triton_causal_conv1d", lib=_library)
