@@ -31,6 +31,23 @@ _TABLE_BYTES, _PARTIAL_BYTES = 8 << 20, 256 << 20
 # Numbers of a plan, after how many they are: 15 of FA2's and 9 of FA3's in these versions.
 _SCHEDULE_SIZE = 32
 _NHD_LAYOUT, _CAUSAL = 0, 1
+# What a run may be told and this backend has no use for: other masks, biases and scales.
+_UNUSED: dict[str, Any] = {
+    "maybe_lse": None,
+    "enable_pdl": False,
+    "maybe_custom_mask": None,
+    "maybe_mask_indptr": None,
+    "maybe_alibi_slopes": None,
+    "maybe_prefix_len_ptr": None,
+    "maybe_token_pos_in_items_ptr": None,
+    "maybe_max_item_len_ptr": None,
+    "scale_q": None,
+    "scale_k": None,
+    "scale_v": None,
+    "rope_scale": 1.0,
+    "rope_theta": 1e4,
+    "token_pos_in_items_len": 0,
+}
 _INSTALL = "pip install 'flashinfer-python>=0.6.9,<0.7'"
 
 _library = torch.library.Library("autodeploy", "FRAGMENT")
@@ -157,26 +174,13 @@ def _paged_attention(
         paged_kv_indices=page_indices,
         paged_kv_last_page_len=last_page_len,
         o=out_THD,
-        maybe_lse=None,
         mask_mode=_CAUSAL,
         layout=_NHD_LAYOUT,
         window_left=-1 if window is None else window - 1,
-        enable_pdl=False,
-        maybe_custom_mask=None,
-        maybe_mask_indptr=None,
-        maybe_alibi_slopes=None,
-        maybe_prefix_len_ptr=None,
-        maybe_token_pos_in_items_ptr=None,
-        maybe_max_item_len_ptr=None,
         logits_soft_cap=softcap or 0.0,
         sm_scale=scale,
-        scale_q=None,
-        scale_k=None,
-        scale_v=None,
-        rope_scale=1.0,
-        rope_theta=1e4,
-        token_pos_in_items_len=0,
         workspace_size=_PARTIAL_BYTES,
+        **_UNUSED,
     )
     return out_THD[None]
 
