@@ -1,12 +1,13 @@
 """Host work of a decode step: schedule, pack, copy, fetch, bookkeeping, with a model that computes nothing.
 
-    python benchmarks/host_work.py [--sequences 1 8 64 256] [--before REVISION]
+    python benchmarks/host_work.py [--sequences 1 8 64 256] [--device cpu] [--before REVISION]
         [--output benchmarks/results/host_work.json]
 
-The step returns logits of 2 tokens that were made before, so what `Engine.step` takes is the host's work, and a little
-that is not: one call, one argmax over [S, 2]. Two KV groups, one of them a sliding window of 64 tokens; prompts of 17
-to 80 tokens, so that in every step some sequences begin a page and some leave one behind. With `--before` the same is
-measured for that revision of the repository, in a process of its own, and both take turns.
+The step returns logits of 2 tokens that were made before. "host" is what the engine counts as the host's work, without
+the step, the choice of tokens and waiting for them; "whole" is all of `Engine.step`. Medians of single steps. Two KV
+groups, one of them a sliding window of 64 tokens; prompts of 17 to 80 tokens, so that in every step some sequences
+begin a page and some leave one behind. With `--before` the same is measured for that revision of the repository, in
+processes of its own, and both take turns.
 """
 
 from __future__ import annotations
@@ -32,18 +33,19 @@ from autodeploy.runtime.requests import SamplingParams
 
 ROOT = Path(__file__).parents[1]
 PAGE_SIZE, WINDOW, MAX_MODEL_LEN = 16, 64, 8192
-WARM_UP, STEPS, REPEATS = 40, 400, 5
+WARM_UP, STEPS, REPEATS = 40, 400, 3
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--sequences", type=int, nargs="+", default=[1, 8, 64, 256])
+    parser.add_argument("--device", type=torch.device, default=torch.device("cpu"))
     parser.add_argument("--before", metavar="REVISION")
     parser.add_argument("--output", type=Path, default=ROOT / "benchmarks" / "results" / "host_work.json")
     parser.add_argument("--measure", type=int, help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.measure:
-        print(json.dumps(_micros(args.measure)))
+        print(json.dumps(_micros(args.measure, args.device)))
         return
     with tempfile.TemporaryDirectory() as folder:
         roots = {"now": ROOT}
@@ -51,29 +53,35 @@ def main() -> None:
             archive = subprocess.run(["git", "archive", args.before], cwd=ROOT, capture_output=True, check=True).stdout
             subprocess.run(["tar", "-x", "-C", folder], input=archive, check=True)
             roots["before"] = Path(folder)
-        batches = [{"sequences": count, **_turns(roots, count)} for count in args.sequences]
+        batches = [{"sequences": count, **_turns(roots, count, args.device)} for count in args.sequences]
     print("\n".join(align(_table(batches))))
     from machine import describe_machine
 
-    results = {"machine": describe_machine(), "before": args.before, "micros_per_decode_step": batches}
+    results = {
+        "machine": describe_machine(),
+        "device": str(args.device),
+        "before": args.before,
+        "micros_per_decode_step": batches,
+    }
     args.output.write_text(json.dumps(results, indent=1) + "\n")
 
 
-def _turns(roots: dict[str, Path], count: int) -> dict[str, float]:
-    """Median over the repeats of each revision's median microseconds per step."""
-    micros: dict[str, list[float]] = {name: [] for name in roots}
+def _turns(roots: dict[str, Path], count: int, device: torch.device) -> dict[str, float]:
+    """Medians over the repeats of each revision's microseconds per step, host and whole."""
+    micros: dict[str, list[float]] = {f"{name}, {part}": [] for name in roots for part in ("host", "whole")}
     for _ in range(REPEATS):
         for name, root in roots.items():
-            command = [sys.executable, __file__, "--measure", str(count)]
+            command = [sys.executable, __file__, "--measure", str(count), "--device", str(device)]
             environment = os.environ | {"PYTHONPATH": str(root), "OMP_NUM_THREADS": "1"}
             done = subprocess.run(command, env=environment, stdout=subprocess.PIPE, check=True)
-            micros[name].append(json.loads(done.stdout))
+            for part, each in json.loads(done.stdout).items():
+                micros[f"{name}, {part}"].append(each)
     return {name: round(statistics.median(each), 1) for name, each in micros.items()}
 
 
-def _micros(count: int) -> float:
-    """Median microseconds of one decode step of `count` sequences."""
-    logits = torch.zeros(count + 2, 2)
+def _micros(count: int, device: torch.device) -> dict[str, float]:
+    """Median microseconds of a decode step of `count` sequences."""
+    logits = torch.zeros(count + 8, 2, device=device)
     engine = Engine(
         lambda input_ids, layout, *caches: logits[: layout.shape[0]],
         (
@@ -81,7 +89,7 @@ def _micros(count: int) -> float:
             CacheSpec("window", "paged", (1,), torch.int8, group=1),
         ),
         LayoutSpec(PAGE_SIZE, (None, WINDOW)),
-        device=torch.device("cpu"),
+        device=device,
         num_pages=(count * MAX_MODEL_LEN // PAGE_SIZE + 1, count * MAX_MODEL_LEN // PAGE_SIZE + 1),
         max_model_len=MAX_MODEL_LEN,
         max_num_seqs=count,
@@ -92,17 +100,18 @@ def _micros(count: int) -> float:
         engine.add([1] * (17 + index % 64), SamplingParams(max_tokens=2000))
     for _ in range(WARM_UP):
         engine.step()
-    seconds = []
+    whole, host = [], []
     for _ in range(STEPS):
-        start = perf_counter()
+        start, counted = perf_counter(), engine.stats.host_seconds
         engine.step()
-        seconds.append(perf_counter() - start)
-    return statistics.median(seconds) * 1e6
+        whole.append(perf_counter() - start)
+        host.append(engine.stats.host_seconds - counted)
+    return {"host": statistics.median(host) * 1e6, "whole": statistics.median(whole) * 1e6}
 
 
 def _table(batches: list[dict[str, Any]]) -> list[list[str]]:
     names = [name for name in batches[0] if name != "sequences"]
-    rows = [["sequences", *(f"{name}, us/step" for name in names)]]
+    rows = [["sequences", *(f"{name}, us" for name in names)]]
     return rows + [[str(batch["sequences"]), *(f"{batch[name]:.1f}" for name in names)] for batch in batches]
 
 
