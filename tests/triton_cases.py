@@ -59,22 +59,26 @@ _QKV = _LINEAR | _SIBLINGS | {"N2": "i32:16"}
 _GATED = {"x_ptr": "*bf16", "gate_ptr": "*bf16", "up_ptr": "*bf16", "out_ptr": "*bf16", "N": "i32:16", "M": "i32"}
 
 
+_SHARED_KIB = {"sm_80": 163, "sm_90": 227, "sm_100": 227, "gfx942": 64}
+
+
 def _linear_case(name: str, signature: dict[str, str], rows: int, features: int, input_size: int, target: str) -> Case:
-    cut = triton_linear.choose_config(rows, features, input_size)
-    is_amd = target == "gfx942"
-    blocks = {"K": input_size, "BLOCK_M": 16 if is_amd else rows, "BLOCK_N": cut.block_n, "BLOCK_K": cut.block_k}
-    fn = triton_linear.gated_kernel if name == "gated_linear" else triton_linear.linears_kernel
-    options = {"num_warps": cut.num_warps, "num_stages": 3 if is_amd else cut.num_stages}
-    return Case(name, fn, signature, blocks | {"EARLY": name.endswith("early")}, options, (target,))
+    is_gated = name == "gated_linear"
+    shared = _SHARED_KIB[target] << 10
+    cut = triton_linear.choose_config(rows, features, input_size, shared, is_gated=is_gated)
+    block_m = 16 if target == "gfx942" else rows
+    blocks = {"K": input_size, "BLOCK_M": block_m, "BLOCK_N": cut.block_n, "BLOCK_K": cut.block_k}
+    fn = triton_linear.gated_kernel if is_gated else triton_linear.linears_kernel
+    return Case(name, fn, signature, blocks, {"num_warps": cut.num_warps, "num_stages": cut.num_stages}, (target,))
 
 
 for _target in TARGETS:
     CASES += [
         _linear_case("linears_qkv", _QKV, 8, 6144, 4096, _target),
         _linear_case("linears_down", _LINEAR, 16, 4096, 14336, _target),
-        _linear_case("gated_linear", _GATED, 16, 14336, 4096, _target),
+        _linear_case("gated_linear", _GATED, 16, 28672, 4096, _target),
+        _linear_case("linears_qkv_64", _QKV, 64, 6144, 4096, _target),
     ]
-CASES += [_linear_case("linears_qkv_early", _QKV, 8, 6144, 4096, target) for target in ("sm_90", "sm_100")]
 
 _DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32, "fp8e4nv": torch.float8_e4m3fn}
 _STRIDES = {f"{name}_stride_{size}": "i32:16" for name in ("query", "key", "value") for size in "ht"}

@@ -22,6 +22,8 @@ from autodeploy.ops.spec import FieldLauncher, FieldRequest
 _MANY_TOKENS = 4096
 _FEWEST_ROWS, _MOST_ROWS = 64, 1024
 _PAGE_BLOCK = 256
+# Older versions of Inductor cannot view memory as booleans: such fields are then left to it.
+_VIEWS_BOOLEANS = torch.__version__ >= "2.13"
 
 
 class _Known(NamedTuple):
@@ -145,7 +147,7 @@ class TritonFields(FieldLauncher):
     """Launches `fields_kernel`; the fields are views of its arena."""
 
     def supports(self, request: FieldRequest) -> bool:
-        return request.name in _KNOWN
+        return request.name in _KNOWN and (_VIEWS_BOOLEANS or _KNOWN[request.name].dtype is not torch.bool)
 
     def launch(self, layout: Tensor, num_tokens: int, requests: Sequence[FieldRequest]) -> list[Tensor]:
         arena = torch.ops.autodeploy.launch_fields.default(layout, num_tokens, _to_text(requests))

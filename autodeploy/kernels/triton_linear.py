@@ -17,35 +17,40 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
-from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 # Above, libraries do as well: the input, which every program reads, is then no longer small beside the weights.
-MAX_ROWS = 16
+MAX_ROWS = 64
 _MAX_LAYERS = 4
-# The rows that matrix units take at least; the tiles that fit beside those of other programs (AMD: in 64 KiB).
-_MIN_ROWS, _NUM_STAGES = (16, 3) if torch.version.hip else (8, 6)
-_LINE = tl.constexpr(64)  # elements in 128 bytes, the most that one prefetch asks for
+_MIN_ROWS = 16 if torch.version.hip else 8  # what matrix units take at least
+_MOST_STAGES = 6
 
 
 class Config(NamedTuple):
-    """How a launch is cut: `block_n` weight rows per program, `num_stages` tiles of `block_k` columns on the way.
-
-    `early` starts while the kernel in front still runs and fetches weights until it has ended (sm_90 and later).
-    """
+    """How a launch is cut: `block_n` weight rows per program, `num_stages` tiles of `block_k` columns on the way."""
 
     block_n: int
     block_k: int
     num_warps: int
     num_stages: int
-    early: bool = False
 
 
-def choose_config(num_rows: int, num_features: int, input_size: int) -> Config:
-    """The launch for `num_rows` rows and `num_features` output features of all layers together."""
-    # Programs of 32 features read the input half as often, but there have to be enough of them.
-    block_n = 16 if num_rows <= 8 and num_features <= 8192 else 32
-    block_k = min(4096 // block_n, max(16, triton.next_power_of_2(input_size)))
-    return Config(block_n, block_k, num_warps=4, num_stages=_NUM_STAGES)
+def choose_config(
+    num_rows: int, num_features: int, input_size: int, shared_bytes: int, *, is_gated: bool = False
+) -> Config:
+    """The launch for `num_rows` rows and `num_features` output features of all layers together.
+
+    `shared_bytes` is the shared memory that a program may take; a gated pair keeps two tiles of weights at a time.
+    Set by `benchmarks/gpu_linear.py` on an H100: within 3 % of the best of 15 ways for each layer of Llama-3-8B.
+    """
+    block_n = 64
+    if num_rows <= 8 and num_features <= 4096:
+        block_n = 32  # so that there are enough programs
+    elif num_rows > 32 and num_features > 8192:
+        block_n = 128
+    block_k = min(max(128, 8192 // block_n), max(16, triton.next_power_of_2(input_size)))
+    tile_rows = block_n + max(_MIN_ROWS, triton.next_power_of_2(num_rows))
+    num_stages = max(1, min(_MOST_STAGES, shared_bytes // (2 * tile_rows * block_k)))
+    return Config(block_n // 2 if is_gated else block_n, block_k, num_warps=4, num_stages=num_stages)
 
 
 def launch(
@@ -59,7 +64,7 @@ def launch(
     num_rows, input_size = rows_MK.shape
     sizes = [weight.shape[0] for weight in weights]
     assert bias is None or len(weights) == 1
-    cut = config or choose_config(num_rows, sum(sizes), input_size)
+    cut = config or choose_config(num_rows, sum(sizes), input_size, _shared_bytes(input.device))
     outputs = [input.new_empty(*input.shape[:-1], size) for size in sizes]
     absent = [None] * (_MAX_LAYERS - len(weights))
     layers = [*weights, *absent, *outputs, *absent, *sizes, *absent]
@@ -75,7 +80,7 @@ def launch_gated(input: Tensor, gate: Tensor, up: Tensor, config: Config | None 
     rows_MK = input.reshape(-1, input.shape[-1]).contiguous()
     num_rows, input_size = rows_MK.shape
     size = gate.shape[0]
-    cut = config or choose_config(num_rows, size, input_size)
+    cut = config or choose_config(num_rows, 2 * size, input_size, _shared_bytes(input.device), is_gated=True)
     out = input.new_empty(*input.shape[:-1], size)
     blocks, options = _blocks(num_rows, cut)
     args: list[Any] = [rows_MK, gate, up, out, size, num_rows, input_size, *blocks]
@@ -83,10 +88,16 @@ def launch_gated(input: Tensor, gate: Tensor, up: Tensor, config: Config | None 
     return out
 
 
-def _blocks(num_rows: int, cut: Config) -> tuple[tuple[int, int, int, bool], dict[str, Any]]:
+def _shared_bytes(device: torch.device) -> int:
+    if device.type == "cpu":  # interpreted
+        return 64 << 10
+    return torch.cuda.get_device_properties(device).shared_memory_per_block_optin
+
+
+def _blocks(num_rows: int, cut: Config) -> tuple[tuple[int, int, int], dict[str, Any]]:
     """The last parameters of both kernels, and the options of their launch."""
-    options = {"num_warps": cut.num_warps, "num_stages": cut.num_stages} | ({"launch_pdl": True} if cut.early else {})
-    return (max(_MIN_ROWS, triton.next_power_of_2(num_rows)), cut.block_n, cut.block_k, cut.early), options
+    options = {"num_warps": cut.num_warps, "num_stages": cut.num_stages}
+    return (max(_MIN_ROWS, triton.next_power_of_2(num_rows)), cut.block_n, cut.block_k), options
 
 
 @triton.jit(do_not_specialize=["M"])
@@ -110,7 +121,6 @@ def linears_kernel(
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
-    EARLY: tl.constexpr,
 ):
     """One program per BLOCK_N features of one layer; layers that are not there are None."""
     tile = tl.program_id(0)
@@ -132,10 +142,6 @@ def linears_kernel(
     m = tl.arange(0, BLOCK_M)
     k = tl.arange(0, BLOCK_K)
     offsets = row_offsets(n, N, K)
-    if EARLY:
-        prefetch(w_ptr + offsets, K)
-        gdc_wait()
-        gdc_launch_dependents()
     acc = tl.zeros([BLOCK_N, BLOCK_M], tl.float32)
     for start in range(0, K, BLOCK_K):
         w = load_weights(w_ptr + offsets, start + k, K, BLOCK_K)
@@ -157,18 +163,12 @@ def gated_kernel(
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
-    EARLY: tl.constexpr,
 ):
     """One program per BLOCK_N features of both layers."""
     n = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
     m = tl.arange(0, BLOCK_M)
     k = tl.arange(0, BLOCK_K)
     offsets = row_offsets(n, N, K)
-    if EARLY:
-        prefetch(gate_ptr + offsets, K)
-        prefetch(up_ptr + offsets, K)
-        gdc_wait()
-        gdc_launch_dependents()
     gate = tl.zeros([BLOCK_N, BLOCK_M], tl.float32)
     up = tl.zeros([BLOCK_N, BLOCK_M], tl.float32)
     for start in range(0, K, BLOCK_K):
@@ -205,12 +205,3 @@ def load_inputs(x_ptr, m, k, M, K: tl.constexpr, BLOCK_K: tl.constexpr):
 def store(out_ptr, acc, m, n, M, N):
     inside = (m[None, :] < M) & (n[:, None] < N)
     tl.store(out_ptr + m[None, :] * N + n[:, None], acc.to(out_ptr.dtype.element_ty), mask=inside)
-
-
-@triton.jit
-def prefetch(rows, K: tl.constexpr):
-    """Ask the L2 cache for the first 16 lines of each row. Nobody writes weights, so that there is no need to wait."""
-    ptrs = rows + tl.minimum(tl.arange(0, 16) * _LINE, K - 1)[None, :]
-    tl.inline_asm_elementwise(
-        "prefetch.global.L2 [$1]; mov.b32 $0, 0;", "=r,l", [ptrs], dtype=tl.int32, is_pure=False, pack=1
-    )

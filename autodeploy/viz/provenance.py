@@ -85,7 +85,9 @@ class Recorder:
     def trace(self) -> Trace:
         """All stages so far, the graph before the first pass included. Raises OptionError where no pass ran."""
         if not self._stages:
-            raise OptionError("nothing was recorded", fix="give the recorder to the passes: apply(gm, recorder=recorder)")
+            raise OptionError(
+                "nothing was recorded", fix="give the recorder to the passes: apply(gm, recorder=recorder)"
+            )
         return Trace(tuple(self._stages))
 
     def _finish(self, record: Record | None = None, error: str = "") -> None:
