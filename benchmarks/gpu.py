@@ -42,6 +42,7 @@ def main() -> None:
         "sections", nargs="*", metavar="SECTION", help=f"of {', '.join(SECTIONS)}; all if none is named"
     )
     parser.add_argument("--output", type=Path)
+    parser.add_argument("--no-peers", action="store_true", help="leave transformers out, which takes longest to compile")
     args = parser.parse_args()
     if unknown := [name for name in args.sections if name not in SECTIONS]:
         parser.error(f"unknown sections {unknown}")
@@ -51,6 +52,7 @@ def main() -> None:
     default = Path(__file__).parent / "results" / f"{device.replace(' ', '_').lower()}.json"
     path = args.output or default
     results: dict[str, Any] = json.loads(path.read_text()) if path.exists() else {}
+    results["peers"] = not args.no_peers
     results |= {"machine": describe_machine() | {"device": device}}
     for name, measure in SECTIONS.items():
         if args.sections and name not in args.sections:

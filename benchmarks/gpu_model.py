@@ -104,7 +104,7 @@ def decode(results: dict[str, Any]) -> list[dict[str, Any]]:
         rows.append(
             {"sequences": sequences, "context": context, "ms": ours, "limit_ms": limit, "of_limit": limit / ours}
         )
-        if (sequences, context) in PEER_BATCHES:
+        if results["peers"] and (sequences, context) in PEER_BATCHES:
             rows[-1]["transformers_ms"] = _peer(sequences, context)
             rows[-1]["of_transformers"] = rows[-1]["transformers_ms"] / ours
         print("  ", rows[-1], flush=True)

@@ -28,7 +28,8 @@ class Mlp(nn.Module):
 
 
 def _exported(layer: nn.Module, dtype: torch.dtype = torch.float32) -> fx.GraphModule:
-    gm = torch.export.export(layer.to(dtype), (torch.randn(1, 3, 8, dtype=dtype),)).module(check_guards=False)
+    x = torch.randn(1, 3, 8, dtype=dtype, device=next(layer.parameters()).device)
+    gm = torch.export.export(layer.to(dtype), (x,)).module(check_guards=False)
     assert isinstance(gm, fx.GraphModule)
     return gm
 
