@@ -42,7 +42,7 @@ def main() -> None:
         "sections", nargs="*", metavar="SECTION", help=f"of {', '.join(SECTIONS)}; all if none is named"
     )
     parser.add_argument("--output", type=Path)
-    parser.add_argument("--no-peers", action="store_true", help="leave transformers out, which takes longest to compile")
+    parser.add_argument("--no-peers", action="store_true", help="leave transformers out, which compiles for long")
     args = parser.parse_args()
     if unknown := [name for name in args.sections if name not in SECTIONS]:
         parser.error(f"unknown sections {unknown}")

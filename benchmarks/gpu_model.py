@@ -8,9 +8,8 @@ from functools import cache
 from typing import Any, NamedTuple
 
 import torch
-from gpu_parts import DEVICE, captured, milliseconds, nested
+from gpu_parts import DEVICE, captured, kernel_times, milliseconds, nested
 from torch import Tensor
-from torch.profiler import ProfilerActivity
 from transformers import LlamaConfig, LlamaForCausalLM, StaticCache
 
 import autodeploy as ad
@@ -169,13 +168,8 @@ def profile(_: dict[str, Any]) -> dict[str, list[dict[str, Any]]]:
     return found
 
 
-def _kernels(run: Callable[[], Any], most: int = 12) -> list[dict[str, Any]]:
-    run()
-    with torch.profiler.profile(activities=[ProfilerActivity.CUDA]) as profiler:
-        run()
-        torch.cuda.synchronize()
-    events = sorted(profiler.key_averages(), key=lambda event: -event.device_time_total)
-    rows = [{"kernel": e.key[:80], "count": e.count, "us": round(e.device_time_total, 1)} for e in events]
+def _kernels(run: Callable[[], Any], most: int = 14) -> list[dict[str, Any]]:
+    rows = kernel_times(run)
     total = {"kernel": "all", "count": sum(r["count"] for r in rows), "us": round(sum(r["us"] for r in rows), 1)}
     for row in (total, *rows[:most]):
         print(f"   {row['us']:9.1f} us {row['count']:5} {row['kernel']}")

@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor, fx
+from torch.autograd import DeviceType
 from torch.profiler import ProfilerActivity
 from transformers import LlamaConfig, LlamaForCausalLM
 from triton.testing import do_bench
@@ -93,49 +94,52 @@ def nested(query_lens: list[int], context_lens: list[int], spec: LayoutSpec, num
 
 
 def prepare(_: dict[str, Any]) -> list[dict[str, Any]]:
-    """All metadata of a decode step of 32 layers at 1,024 cached tokens, as CUDA graphs: our launch, torch's ops once,
-    and torch's ops for every layer.
+    """All metadata of a decode step of 32 layers with up to 1,024 tokens each, as CUDA graphs: our launch, torch's ops
+    once for each KV group, and torch's ops for every layer, also compiled by Inductor.
+
+    `kernels` and `device_us` are the kernels of one run and their time on the device; `us` is from the start of the
+    graph to its end, of which an empty graph takes `empty_us`.
     """
-    rows = []
-    for num_sequences in (64, 512):
-        for windows in ((None,), (None, 4096, 1024, 512, 256, 128, 64, 32)):
-            rows.append(_prepare(num_sequences, windows))
-            print("  ", rows[-1], flush=True)
+    windows = (None, 4096, 1024, 512, 256, 128, 64, 32)
+    rows = [_prepare(64, windows[:1], per_layer=True)]
+    rows += [_prepare(*sizes) for sizes in ((512, windows[:1]), (64, windows), (512, windows))]
     return rows
 
 
-def _prepare(num_sequences: int, windows: tuple[int | None, ...]) -> dict[str, Any]:
-    spec = LayoutSpec(16, windows)
+def _prepare(num_sequences: int, windows: tuple[int | None, ...], per_layer: bool = False) -> dict[str, Any]:
     step = nested([1] * num_sequences, [1023] * num_sequences, LayoutSpec(16, (None,) * len(windows)), 40_000, 64)
     layout, num_tokens = step.layout, step.num_tokens
     backend = next(backend for backend in backends() if backend.name == "triton" and backend.kind == "attention")
-    sites = [replace(LAYER, window=window, group=g, num_groups=spec.num_groups) for g, window in enumerate(windows)]
+    sites = [replace(LAYER, window=window, group=g, num_groups=len(windows)) for g, window in enumerate(windows)]
     layers = [sites[layer % len(sites)] for layer in range(NUM_LAYERS)]
 
-    def once() -> list[Tensor]:
+    def naive(sites: list[Site]) -> list[Tensor]:
         return [value for site in sites for value in _metadata(backend, layout, num_tokens, site)]
 
-    def per_layer() -> list[Tensor]:
-        return [value for site in layers for value in _metadata(backend, layout, num_tokens, site)]
-
     shared = _prepare_module(backend, layers)
-    ours = lambda: shared(layout, num_tokens)  # noqa: E731
-    ours()
-    inductor = torch.compile(per_layer, dynamic=False)
-    inductor()
-    return {
-        "sequences": num_sequences,
-        "kv_groups": len(windows),
-        "ours_launches": _launches(ours),
-        "ours_us": milliseconds(captured(ours)) * 1e3,
-        "torch_once_launches": _launches(once),
-        "torch_once_us": milliseconds(captured(once)) * 1e3,
-        "torch_per_layer_launches": _launches(per_layer),
-        "torch_per_layer_us": milliseconds(captured(per_layer)) * 1e3,
-        "inductor_per_layer_launches": _launches(inductor),
-        "inductor_per_layer_us": milliseconds(captured(inductor)) * 1e3,
-        "empty_graph_us": milliseconds(captured(lambda: layout[:1, :1].add_(0))) * 1e3,
-    }
+    ways = {"ours": lambda: shared(layout, num_tokens), "torch, once": lambda: naive(sites)}
+    if per_layer:
+        compiled = torch.compile(naive, dynamic=False)
+        ways |= {"torch, per layer": lambda: naive(layers), "Inductor, per layer": lambda: compiled(layers)}
+    row = {"sequences": num_sequences, "kv_groups": len(windows)}
+    row["empty_us"] = milliseconds(captured(lambda: layout[:1, :1].add_(0))) * 1e3
+    for name, run in ways.items():
+        kernels = kernel_times(run)
+        found = {"kernels": sum(k["count"] for k in kernels), "device_us": sum(k["us"] for k in kernels)}
+        row[name] = found | {"us": milliseconds(captured(run)) * 1e3}
+    print("  ", row, flush=True)
+    return row
+
+
+def kernel_times(run: Callable[[], Any]) -> list[dict[str, Any]]:
+    """What one run does on the device: kernels and copies by name, how many, and microseconds; the longest first."""
+    run()
+    with torch.profiler.profile(activities=[ProfilerActivity.CPU, ProfilerActivity.CUDA]) as profiler:
+        run()
+        torch.cuda.synchronize()
+    events = [event for event in profiler.key_averages() if event.device_type == DeviceType.CUDA]
+    rows = [{"kernel": e.key[:80], "count": e.count, "us": round(e.self_device_time_total, 2)} for e in events]
+    return sorted(rows, key=lambda row: -row["us"])
 
 
 def _metadata(backend: Backend, layout: Tensor, num_tokens: int, site: Site) -> list[Tensor]:
@@ -160,15 +164,6 @@ def _prepare_module(backend: Backend, layers: list[Site]) -> fx.GraphModule:
     launches = [node for node in getattr(gm, PREPARE).graph.nodes if "launch_fields" in str(node.target)]
     assert len(launches) == 1
     return gm
-
-
-def _launches(run: Callable[[], Any]) -> int:
-    """How many kernels one run launches."""
-    run()
-    with torch.profiler.profile(activities=[ProfilerActivity.CUDA]) as profiler:
-        run()
-        torch.cuda.synchronize()
-    return sum(event.count for event in profiler.key_averages())
 
 
 def attention(results: dict[str, Any]) -> list[dict[str, Any]]:
