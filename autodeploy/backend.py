@@ -42,7 +42,7 @@ def apply(
     backend: str | Mapping[str, str] = "auto",
     *,
     passes: Sequence[Pass | str] | None = None,
-    page_size: int = 16,
+    page_size: int | None = None,
     verify: bool = False,
     recorder: Recorder | None = None,
 ) -> Result:
@@ -76,7 +76,7 @@ def diff(
 
 
 def resolve_passes(
-    passes: Sequence[Pass | str] | None, backend: str | Mapping[str, str] = "auto", page_size: int = 16
+    passes: Sequence[Pass | str] | None, backend: str | Mapping[str, str] = "auto", page_size: int | None = None
 ) -> list[Pass]:
     """The list to run: the default one, or `passes` with names looked up in it and in entry points."""
     from passes import default  # the composition root is the one place where the library sees its passes

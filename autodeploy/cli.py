@@ -70,7 +70,7 @@ def _add_model(parser: argparse.ArgumentParser) -> None:
         metavar="NAME|TYPE=NAME",
         help="a backend for every node, or for one layer type or kind (repeatable); chosen for each node by default",
     )
-    parser.add_argument("--page-size", type=int, default=16, help="tokens per cache page (default %(default)s)")
+    parser.add_argument("--page-size", type=int, help="tokens per cache page (default 16, on a GPU 64)")
 
 
 def _add_generate(parser: argparse.ArgumentParser) -> None:

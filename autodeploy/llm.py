@@ -75,7 +75,7 @@ class LLM:
         backend: str | Mapping[str, str] = "auto",
         compile: bool = True,
         dtype: torch.dtype | None = None,
-        page_size: int = 16,
+        page_size: int | None = None,
         max_num_seqs: int = 64,
         max_num_tokens: int | None = None,
         max_model_len: int | None = None,

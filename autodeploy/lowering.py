@@ -16,12 +16,14 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 from torch._guards import TracingContext, tracing
+from torch._inductor import config as inductor_config
 from torch._inductor import standalone_compile
 from torch._inductor.standalone_compile import CompiledArtifact
 from torch._subclasses import FakeTensorMode
 from torch.fx.experimental.symbolic_shapes import DimDynamic, ShapeEnv, StatelessSymbolicContext
 
 from autodeploy.graph import PREPARE, copy_module, get_attribute, placeholders, prepare_nodes
+from autodeploy.kept import keep_metadata
 from autodeploy.metadata.layout import LayoutSpec
 from autodeploy.ops.spec import CacheSpec
 from autodeploy.report import Report
@@ -96,10 +98,13 @@ def lower(
 ) -> Lowered:
     """Compile `gm`, made by the passes from a trace of `model`, with Inductor. Leaves `gm` as it is."""
     lifted, attributes = lift_attributes(copy_module(gm))
+    keep_metadata(lifted)
     device = next(model.parameters()).device
     example_inputs = _example_inputs(layout_spec, cache_specs, device)
+    # On a GPU the norms of a few rows take as long as their kernel is badly cut.
+    tuning = inductor_config.patch(coordinate_descent_tuning=device.type == "cuda")
     fake_mode = FakeTensorMode(shape_env=ShapeEnv(duck_shape=False))
-    with tracing(TracingContext(fake_mode)), torch.no_grad():
+    with tracing(TracingContext(fake_mode)), torch.no_grad(), tuning:
         fakes = [fake_mode.from_tensor(tensor.detach(), static_shapes=True) for tensor in attributes.values()]
         fakes += [_fake(fake_mode, tensor, dims) for tensor, dims in example_inputs]
         artifact = standalone_compile(lifted, fakes, dynamic_shapes="from_tracing_context", options={})

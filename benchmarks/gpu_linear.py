@@ -23,18 +23,15 @@ from machine import describe_machine
 from torch import Tensor
 from torch.nn import functional as F
 
-from autodeploy.kernels.triton_linear import Config, launch, launch_gated
+from autodeploy.kernels.triton_linear import Config, launch
 from autodeploy.report import align
 
-# The layers of a gated MLP and what is between them: two launches and one, beside one of ours.
-GATED = "silu(gate) * up"
 # Name: output features of each layer, input features.
 SHAPES: dict[str, tuple[tuple[int, ...], int]] = {
     "k": ((1024,), 4096),
     "o": ((4096,), 4096),
     "q, k, v": ((4096, 1024, 1024), 4096),
     "gate, up": ((14336, 14336), 4096),
-    GATED: ((14336, 14336), 4096),
     "down": ((4096,), 14336),
     "lm_head": ((128256,), 4096),
 }
@@ -55,7 +52,6 @@ _FEW = (
     Config(64, 256, 4, 4),
 )
 _MANY = (Config(32, 128, 4, 6), Config(64, 128, 4, 6), Config(64, 128, 8, 4), Config(128, 128, 4, 4))
-_GATED = (Config(64, 128, 4, 3), Config(64, 128, 4, 4), Config(64, 64, 4, 6))
 _ROTATED_BYTES = 256 << 20
 _GRAPH_BYTES = 3 << 30
 
@@ -108,27 +104,16 @@ def print_step(rows: list[dict[str, Any]], tb_per_s: float) -> None:
     print(f"a step of {rows[0]['rows']} rows:", ", ".join(f"{name} {value:.2f} ms" for name, value in times.items()))
 
 
-def _configs(name: str, num_rows: int) -> tuple[Config, ...]:
-    configs = _MANY if num_rows > 16 else _FEW
-    # Two weights at a time take twice the shared memory.
-    return tuple(config for config in configs if config.block_n <= 32) + _GATED if name == GATED else configs
-
-
-def _ours(name: str, x: Tensor, weights: list[Tensor], config: Config | None = None) -> list[Tensor]:
-    return [launch_gated(x, *weights, config=config)] if name == GATED else launch(x, weights, config=config)
-
-
-def _theirs(name: str, x: Tensor, weights: list[Tensor]) -> list[Tensor]:
-    outputs = [F.linear(x, weight) for weight in weights]
-    return [F.silu(outputs[0]) * outputs[1]] if name == GATED else outputs
+def _configs(num_rows: int) -> tuple[Config, ...]:
+    return _MANY if num_rows > 16 else _FEW
 
 
 def _variants() -> Iterator[tuple[str, int, Config]]:
     """(name, rows, config) of everything that is compiled: shapes of as many layers and inputs are one kernel."""
-    kernels = {(name == GATED, len(sizes), input_size): name for name, (sizes, input_size) in SHAPES.items()}
+    kernels = {(len(sizes), input_size): name for name, (sizes, input_size) in SHAPES.items()}
     for name in kernels.values():
         for num_rows in (8, 16, 64):
-            for config in _configs(name, num_rows):
+            for config in _configs(num_rows):
                 yield name, num_rows, config
 
 
@@ -137,7 +122,7 @@ def _compile(name: str, num_rows: int, config: Config) -> None:
     sizes, input_size = SHAPES[name]
     x = torch.randn(num_rows, input_size, dtype=torch.bfloat16, device="cuda")
     weights = [x.new_empty(16, input_size) for _ in sizes]
-    _ours(name, x, weights, config)
+    launch(x, weights, config=config)
     torch.cuda.synchronize()
 
 
@@ -148,28 +133,28 @@ def _measure_shape(name: str) -> list[dict[str, Any]]:
         [torch.randn(size, input_size, dtype=torch.bfloat16, device="cuda") * input_size**-0.5 for size in sizes]
         for _ in range(num_sets)
     ]
-    return [{"layers": name, **_measure(name, num_rows, sets)} for num_rows in ROWS]
+    return [{"layers": name, **_measure(num_rows, sets)} for num_rows in ROWS]
 
 
-def _measure(name: str, num_rows: int, sets: list[list[Tensor]]) -> dict[str, Any]:
+def _measure(num_rows: int, sets: list[list[Tensor]]) -> dict[str, Any]:
     x = torch.randn(num_rows, sets[0][0].shape[1], dtype=torch.bfloat16, device="cuda")
-    configs = _configs(name, num_rows)
-    _check(name, x, sets[0], configs)
-    ours = {config: _time(lambda ws, c=config: _ours(name, x, ws, c), sets) for config in configs}
+    configs = _configs(num_rows)
+    _check(x, sets[0], configs)
+    ours = {config: _time(lambda ws, c=config: launch(x, ws, config=c), sets) for config in configs}
     return {
         "rows": num_rows,
         "bytes": sum(weight.nbytes for weight in sets[0]),
-        "cublas_us": _time(lambda ws: _theirs(name, x, ws), sets),
-        "chosen_us": _time(lambda ws: _ours(name, x, ws), sets),
+        "cublas_us": _time(lambda ws: [F.linear(x, weight) for weight in ws], sets),
+        "chosen_us": _time(lambda ws: launch(x, ws), sets),
         "ours_us": {"/".join(map(str, config)): us for config, us in ours.items()},
     }
 
 
-def _check(name: str, x: Tensor, weights: list[Tensor], configs: tuple[Config, ...]) -> None:
+def _check(x: Tensor, weights: list[Tensor], configs: tuple[Config, ...]) -> None:
     """Every way to cut gives the right numbers."""
-    expected = _theirs(name, x.float(), [weight.float() for weight in weights])
+    expected = [F.linear(x.float(), weight.float()) for weight in weights]
     for config in configs:
-        for out, right in zip(_ours(name, x, weights, config), expected, strict=True):
+        for out, right in zip(launch(x, weights, config=config), expected, strict=True):
             torch.testing.assert_close(out.float(), right, atol=1e-3, rtol=2**-7)
 
 

@@ -17,6 +17,7 @@ from autodeploy.lowering import lower
 from autodeploy.metadata.layout import LayoutSpec
 from autodeploy.ops.spec import CacheSpec
 from autodeploy.runtime.caches import allocate_caches
+from autodeploy.runtime.sampler import best_tokens
 
 SHAPE = {
     "vocab_size": 128256,
@@ -76,7 +77,7 @@ def _runner(sequences: int, query: int, context: int) -> Callable[[], Tensor]:
     caches = allocate_caches(specs, spec.page_size, [num_pages], sequences, DEVICE)
     for tensor in caches:
         tensor.normal_()
-    return lambda: step(inputs.input_ids, inputs.layout, *caches).argmax(-1)
+    return lambda: best_tokens(step(inputs.input_ids, inputs.layout, *caches))
 
 
 def _fits(sequences: int, context: int) -> bool:

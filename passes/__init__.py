@@ -7,7 +7,6 @@ from collections.abc import Mapping
 from autodeploy.pipeline import Pass
 from passes.canonicalize import Canonicalize
 from passes.find_attention import FindAttention
-from passes.fuse_gated_linear import FuseGatedLinear
 from passes.gather_logits import GatherLogits
 from passes.insert_cached_attention import InsertCachedAttention
 from passes.lower_fields import LowerFields
@@ -18,7 +17,6 @@ from passes.share_metadata import ShareMetadata
 __all__ = [
     "Canonicalize",
     "FindAttention",
-    "FuseGatedLinear",
     "GatherLogits",
     "InsertCachedAttention",
     "LowerFields",
@@ -29,7 +27,7 @@ __all__ = [
 ]
 
 
-def default(backend: str | Mapping[str, str] = "auto", page_size: int = 16) -> list[Pass]:
+def default(backend: str | Mapping[str, str] = "auto", page_size: int | None = None) -> list[Pass]:
     """The pipeline, read top to bottom."""
     return [
         Canonicalize(),
@@ -39,6 +37,5 @@ def default(backend: str | Mapping[str, str] = "auto", page_size: int = 16) -> l
         InsertCachedAttention(backend, page_size),
         ShareMetadata(),
         LowerFields(),
-        FuseGatedLinear(),
         LowerLinear(),
     ]

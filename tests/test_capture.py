@@ -21,6 +21,7 @@ from autodeploy.runtime.buckets import StepSizes
 from autodeploy.runtime.capture import CapturedStep
 from autodeploy.runtime.engine import Engine
 from autodeploy.runtime.requests import SamplingParams
+from autodeploy.runtime.staging import Link, Staging
 
 
 class Affine:
@@ -36,18 +37,19 @@ class Affine:
 
 
 def captured_affine(rows: int) -> tuple[CapturedStep, Affine, Nested, Tensor]:
-    buffer, cache, step = torch.zeros(64, dtype=torch.int32), torch.zeros(4), Affine()
-    captured = CapturedStep(step, buffer, [cache], 8, OpGraphs())
-    return captured, step, Nested(buffer[: 4 * -(-rows // 4) + rows * 4], rows, 4), cache
+    cache, step = torch.zeros(4), Affine()
+    staging = Staging(Link(torch.device("cpu")), 8, 8, 4)
+    captured = CapturedStep(step, staging, [cache], 8, OpGraphs())
+    return captured, step, staging.arenas[staging.graph_arena()].view(rows, rows, 4), cache
 
 
-def test_a_replay_reads_the_buffer_and_runs_no_python() -> None:
-    captured, step, inputs, _ = captured_affine(2)
+def test_a_replay_copies_the_arena_and_runs_no_python() -> None:
+    captured, step, nested, _ = captured_affine(2)
     for tokens in ([3, 5], [1, 7]):
-        inputs.buffer.zero_()
-        inputs.input_ids[:] = torch.tensor(tokens)
-        inputs.layout[:, 0] = 1
-        logits, best = captured(StepSizes(2, 2, 1), inputs)
+        nested.buffer.zero_()
+        nested.input_ids[:] = torch.tensor(tokens)
+        nested.layout[:, 0] = 1
+        logits, best = captured(StepSizes(2, 2, 1), nested)
         assert best.tolist() == [token + 1 for token in tokens]
         assert logits.argmax(-1).tolist() == best.tolist()
     assert step.num_calls == 2, "one to warm up, one to record"
@@ -55,9 +57,9 @@ def test_a_replay_reads_the_buffer_and_runs_no_python() -> None:
 
 
 def test_a_capture_touches_only_scratch_and_runs_the_step_once() -> None:
-    captured, _, inputs, cache = captured_affine(2)
-    inputs.layout[:, NUM_FIXED_COLUMNS] = torch.tensor([2, 3])
-    captured(StepSizes(2, 2, 1), inputs)
+    captured, _, nested, cache = captured_affine(2)
+    nested.layout[:, NUM_FIXED_COLUMNS] = torch.tensor([2, 3])
+    captured(StepSizes(2, 2, 1), nested)
     assert cache[1:].tolist() == [0, 1, 1]
 
 

@@ -33,9 +33,9 @@ def check_each_step(engine: Engine) -> list[bool]:
         updated[-1] = False
         return write(*args)  # type: ignore[arg-type]
 
-    def checked(batch: Batch, sizes: StepSizes) -> Nested:
+    def checked(batch: Batch, sizes: StepSizes, arena: int) -> Nested:
         updated.append(True)
-        nested = pack(batch, sizes)
+        nested = pack(batch, sizes, arena)
         tokens = [request.tokens[request.num_computed : request.num_tokens] for request in batch.requests]
         expected = nest_sequences(
             np.concatenate([new[:count] for new, count in zip(tokens, batch.query_lens, strict=True)]),
@@ -110,6 +110,9 @@ class LateLink(Link):
     def copy(self, target: Tensor, source: Tensor) -> None:
         self.pending.append(lambda: target.copy_(source))
 
+    def wait(self) -> None:
+        self.drain()
+
     def event(self) -> LateEvent:
         return LateEvent(self)
 
@@ -156,6 +159,31 @@ def test_the_device_is_late_enough_to_show_a_missing_wait() -> None:
     for event in staging._events:
         event.synchronize = lambda: None  # type: ignore[method-assign]
     assert stream_steps(staging, link, 7) != list(range(7))
+
+
+def replay_steps(staging: Staging, link: LateLink, count: int) -> list[int]:
+    """The same by graphs, whose host forgets in between that a step is under way, as after an error."""
+    seen: list[int] = []
+    for number in range(count):
+        nested = staging.arenas[staging.graph_arena()].view(2, 2, 3)
+        nested.buffer.fill_(number)
+        sent = staging.copy(nested)
+        link.pending.append(lambda sent=sent: seen.append(int(sent.layout[0, 0])))
+    link.drain()
+    return seen
+
+
+def test_the_arena_of_graphs_is_not_written_before_its_step_has_ended() -> None:
+    link = LateLink()
+    assert replay_steps(Staging(link, 4, 4, 3), link, 5) == list(range(5))
+
+
+def test_the_arena_of_graphs_is_free_once_its_tokens_have_come() -> None:
+    """Saying so without having waited loses steps, which shows that the wait is what keeps them."""
+    link = LateLink()
+    staging = Staging(link, 4, 4, 3)
+    staging.graph_arena = lambda: len(staging.arenas) - 1  # type: ignore[method-assign]
+    assert replay_steps(staging, link, 5) != list(range(5))
 
 
 def test_a_device_that_is_not_the_current_one_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:

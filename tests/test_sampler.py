@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from autodeploy.errors import OptionError
 from autodeploy.runtime.requests import Request, SamplingParams, make_request
-from autodeploy.runtime.sampler import sample_tokens
+from autodeploy.runtime.sampler import best_of_parts, best_tokens, sample_tokens
 
 VOCABULARY = 12
 
@@ -102,3 +102,14 @@ def test_params_outside_their_range_are_refused(wrong: dict) -> None:
 
 def test_one_stop_string_may_be_given_bare() -> None:
     assert SamplingParams(stop="END").stop == ("END",)
+
+
+@given(
+    st.lists(st.lists(st.integers(-3, 3), min_size=24, max_size=24), min_size=1, max_size=5),
+    st.sampled_from([1, 2, 4, 8, 24]),
+)
+def test_the_best_of_parts_is_the_best(logits: list[list[int]], part: int) -> None:
+    """The first of the best, of which there are many here."""
+    logits_SV = torch.tensor(logits, dtype=torch.bfloat16)
+    first = [row.index(max(row)) for row in logits]
+    assert best_of_parts(logits_SV, part).tolist() == best_tokens(logits_SV).tolist() == first

@@ -8,10 +8,9 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from interpreter import triton_device as triton_device
 from torch import Tensor
-from torch.nn import functional as F
 
-from autodeploy.kernels.triton_linear import Config, choose_config, launch, launch_gated
-from autodeploy.ops.linear import GATED_OP, OP, SIBLINGS_OP, TOLERANCES
+from autodeploy.kernels.triton_linear import Config, choose_config, launch
+from autodeploy.ops.linear import OP, SIBLINGS_OP, TOLERANCES
 
 TINY = Config(block_n=16, block_k=32, num_warps=4, num_stages=2)
 
@@ -52,16 +51,6 @@ def test_any_shapes(rows: int, sizes: list[int], input_size: int, triton_device:
         assert torch.equal(out, same)
 
 
-@pytest.mark.parametrize(("rows", "size", "input_size"), [(1, 40, 96), (2, 7, 33), (9, 16, 20), (64, 48, 32)])
-def test_gated_layers(rows: int, size: int, input_size: int, triton_device: torch.device) -> None:
-    input, _, gate, up = _operands(rows, [size, size], input_size, torch.bfloat16, triton_device)
-    out = launch_gated(input, gate, up, TINY)
-    expected = F.silu(input.double() @ gate.double().T) * (input.double() @ up.double().T)
-    atol, rtol = TOLERANCES[out.dtype]
-    torch.testing.assert_close(out.double(), expected, atol=atol, rtol=rtol)
-    torch.testing.assert_close(GATED_OP(input, gate, up).double(), expected, atol=2e-2, rtol=4 * rtol)
-
-
 def test_neighbours_are_not_touched(triton_device: torch.device) -> None:
     """NaN in the memory behind the input and in front of the weights is not read."""
     input, _, weight = _operands(3, [20], 24, torch.bfloat16, triton_device)
@@ -85,7 +74,6 @@ def test_ops(rows: int, triton_device: torch.device) -> None:
 def test_ops_trace() -> None:
     input, bias, *weights = _operands(3, [24, 8], 32, torch.bfloat16, torch.device("cpu"))
     torch.library.opcheck(SIBLINGS_OP, (input, weights))
-    torch.library.opcheck(GATED_OP, (input, weights[0], weights[0]))
     torch.library.opcheck(OP, (input, weights[0], bias))
 
 

@@ -56,27 +56,30 @@ CASES += [
 _LINEAR = {"x_ptr": "*bf16", "w0_ptr": "*bf16", "out0_ptr": "*bf16", "N0": "i32:16", "M": "i32"}
 _SIBLINGS = {"w1_ptr": "*bf16", "out1_ptr": "*bf16", "N1": "i32:16", "w2_ptr": "*bf16", "out2_ptr": "*bf16"}
 _QKV = _LINEAR | _SIBLINGS | {"N2": "i32:16"}
-_GATED = {"x_ptr": "*bf16", "gate_ptr": "*bf16", "up_ptr": "*bf16", "out_ptr": "*bf16", "N": "i32:16", "M": "i32"}
 
 
 _SHARED_KIB = {"sm_80": 163, "sm_90": 227, "sm_100": 227, "gfx942": 64}
 
 
 def _linear_case(name: str, signature: dict[str, str], rows: int, features: int, input_size: int, target: str) -> Case:
-    is_gated = name == "gated_linear"
     shared = _SHARED_KIB[target] << 10
-    cut = triton_linear.choose_config(rows, features, input_size, shared, is_gated=is_gated)
+    cut = triton_linear.choose_config(rows, features, input_size, shared)
     block_m = 16 if target == "gfx942" else rows
     blocks = {"K": input_size, "BLOCK_M": block_m, "BLOCK_N": cut.block_n, "BLOCK_K": cut.block_k}
-    fn = triton_linear.gated_kernel if is_gated else triton_linear.linears_kernel
-    return Case(name, fn, signature, blocks, {"num_warps": cut.num_warps, "num_stages": cut.num_stages}, (target,))
+    return Case(
+        name,
+        triton_linear.linears_kernel,
+        signature,
+        blocks,
+        {"num_warps": cut.num_warps, "num_stages": cut.num_stages},
+        (target,),
+    )
 
 
 for _target in TARGETS:
     CASES += [
         _linear_case("linears_qkv", _QKV, 8, 6144, 4096, _target),
         _linear_case("linears_down", _LINEAR, 16, 4096, 14336, _target),
-        _linear_case("gated_linear", _GATED, 16, 28672, 4096, _target),
         _linear_case("linears_qkv_64", _QKV, 64, 6144, 4096, _target),
     ]
 
@@ -113,7 +116,14 @@ def _attention_case(
         constexprs |= triton_prefill.prefill_blocks(*sizes, _DTYPES[dtype], SHARED_BYTES[target])
     options = {option: constexprs.pop(option) for option in ("num_warps", "num_stages")}
     signature = {arg: types[arg] for arg in fn.arg_names if arg in types}
-    return Case(name, fn, signature, {n: v for n, v in constexprs.items() if n in fn.arg_names}, options, (target,))
+    return Case(
+        name,
+        triton_linear.linears_kernel,
+        signature,
+        {n: v for n, v in constexprs.items() if n in fn.arg_names},
+        options,
+        (target,),
+    )
 
 
 _GPT_OSS = {"GROUP": 8, "KEY_SIZE": 64, "VALUE_SIZE": 64, "WINDOW": 128, "sinks": True}

@@ -34,12 +34,10 @@ class Config(NamedTuple):
     num_stages: int
 
 
-def choose_config(
-    num_rows: int, num_features: int, input_size: int, shared_bytes: int, *, is_gated: bool = False
-) -> Config:
+def choose_config(num_rows: int, num_features: int, input_size: int, shared_bytes: int) -> Config:
     """The launch for `num_rows` rows and `num_features` output features of all layers together.
 
-    `shared_bytes` is the shared memory that a program may take; a gated pair keeps two tiles of weights at a time.
+    `shared_bytes` is the shared memory that a program may take.
     Set by `benchmarks/gpu_linear.py` on an H100: within 3 % of the best of 15 ways for each layer of Llama-3-8B.
     """
     block_n = 64
@@ -50,7 +48,7 @@ def choose_config(
     block_k = min(max(128, 8192 // block_n), max(16, triton.next_power_of_2(input_size)))
     tile_rows = block_n + max(_MIN_ROWS, triton.next_power_of_2(num_rows))
     num_stages = max(1, min(_MOST_STAGES, shared_bytes // (2 * tile_rows * block_k)))
-    return Config(block_n // 2 if is_gated else block_n, block_k, num_warps=4, num_stages=num_stages)
+    return Config(block_n, block_k, num_warps=4, num_stages=num_stages)
 
 
 def launch(
@@ -73,19 +71,6 @@ def launch(
     args: list[Any] = [rows_MK, *layers, bias, num_rows, input_size, *blocks]
     linears_kernel[grid](*args, **options)
     return outputs
-
-
-def launch_gated(input: Tensor, gate: Tensor, up: Tensor, config: Config | None = None) -> Tensor:
-    """silu(input gateᵀ) · (input upᵀ) in float32: input [..., K], weights [N, K] as in `launch` -> [..., N]."""
-    rows_MK = input.reshape(-1, input.shape[-1]).contiguous()
-    num_rows, input_size = rows_MK.shape
-    size = gate.shape[0]
-    cut = config or choose_config(num_rows, 2 * size, input_size, _shared_bytes(input.device), is_gated=True)
-    out = input.new_empty(*input.shape[:-1], size)
-    blocks, options = _blocks(num_rows, cut)
-    args: list[Any] = [rows_MK, gate, up, out, size, num_rows, input_size, *blocks]
-    gated_kernel[(triton.cdiv(size, cut.block_n),)](*args, **options)
-    return out
 
 
 def _shared_bytes(device: torch.device) -> int:
@@ -149,33 +134,6 @@ def linears_kernel(
     if bias_ptr is not None:
         acc += tl.load(bias_ptr + tl.minimum(n, N - 1)).to(tl.float32)[:, None]
     store(out_ptr, acc, m, n, M, N)
-
-
-@triton.jit(do_not_specialize=["M"])
-def gated_kernel(
-    x_ptr,
-    gate_ptr,
-    up_ptr,
-    out_ptr,
-    N,
-    M,
-    K: tl.constexpr,
-    BLOCK_M: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    BLOCK_K: tl.constexpr,
-):
-    """One program per BLOCK_N features of both layers."""
-    n = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
-    m = tl.arange(0, BLOCK_M)
-    k = tl.arange(0, BLOCK_K)
-    offsets = row_offsets(n, N, K)
-    gate = tl.zeros([BLOCK_N, BLOCK_M], tl.float32)
-    up = tl.zeros([BLOCK_N, BLOCK_M], tl.float32)
-    for start in range(0, K, BLOCK_K):
-        x = load_inputs(x_ptr, m, start + k, M, K, BLOCK_K)
-        gate = tl.dot(load_weights(gate_ptr + offsets, start + k, K, BLOCK_K), x, gate)
-        up = tl.dot(load_weights(up_ptr + offsets, start + k, K, BLOCK_K), x, up)
-    store(out_ptr, gate / (1 + tl.exp(-gate)) * up, m, n, M, N)
 
 
 @triton.jit

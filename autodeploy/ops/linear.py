@@ -1,4 +1,4 @@
-"""`autodeploy::linear`, `linears`, `gated_linear`: linear layers for the few rows of a decode step.
+"""`autodeploy::linear`, `linears`: linear layers for the few rows of a decode step.
 
 On a CPU: BLAS libraries split a product [M, I] x [I, O] by rows of the result; with a handful of rows most of the
 machine has nothing to do. The transposed product [O, I] x [I, M] has O rows, and reads each weight once, in order.
@@ -31,7 +31,6 @@ TOLERANCES = {torch.float16: (1e-4, 2**-10), torch.bfloat16: (1e-4, 2**-7)}
 _library = torch.library.Library("autodeploy", "FRAGMENT")
 _library.define("linear(Tensor input, Tensor weight, Tensor? bias=None) -> Tensor", tags=(torch.Tag.pt2_compliant_tag,))
 _library.define("linears(Tensor input, Tensor[] weights) -> Tensor[]", tags=(torch.Tag.pt2_compliant_tag,))
-_library.define("gated_linear(Tensor input, Tensor gate, Tensor up) -> Tensor", tags=(torch.Tag.pt2_compliant_tag,))
 
 
 @torch.library.impl(_library, "linear", "CompositeExplicitAutograd")
@@ -56,14 +55,6 @@ def linears(input: Tensor, weights: list[Tensor]) -> list[Tensor]:
     return [linear(input, weight) for weight in weights]
 
 
-@torch.library.impl(_library, "gated_linear", "CompositeExplicitAutograd")
-def gated_linear(input: Tensor, gate: Tensor, up: Tensor) -> Tensor:
-    """silu(input gateᵀ) · (input upᵀ): input [..., I], gate and up [O, I] -> [..., O], contiguous."""
-    if (kernels := _kernels(input)) is not None:
-        return kernels.launch_gated(input, gate, up)
-    return F.silu(linear(input, gate), inplace=True).mul_(linear(input, up))
-
-
 @torch.library.register_fake("autodeploy::linear", lib=_library)
 def _(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     return input.new_empty(*input.shape[:-1], weight.shape[0])
@@ -74,14 +65,8 @@ def _(input: Tensor, weights: list[Tensor]) -> list[Tensor]:
     return [input.new_empty(*input.shape[:-1], weight.shape[0]) for weight in weights]
 
 
-@torch.library.register_fake("autodeploy::gated_linear", lib=_library)
-def _(input: Tensor, gate: Tensor, up: Tensor) -> Tensor:
-    return input.new_empty(*input.shape[:-1], gate.shape[0])
-
-
 OP = torch.ops.autodeploy.linear.default
 SIBLINGS_OP = torch.ops.autodeploy.linears.default
-GATED_OP = torch.ops.autodeploy.gated_linear.default
 
 
 def why_not(weight: Tensor) -> str | None:

@@ -1,8 +1,8 @@
 """Decode steps as CUDA graphs: the host launches one thing instead of thousands.
 
 A graph is captured for each size on first use. It holds the whole step, prepare_metadata and the choice of the best
-token included, and reads and writes memory at the addresses of its capture: the staged layout, the caches and the two
-outputs here. One pool serves the temporary memory of all graphs, as no two run at once.
+token included, and reads and writes memory at the addresses of its capture: the arena on the host that it copies, the
+caches and the two outputs here. One pool serves the temporary memory of all graphs, as no two run at once.
 """
 
 from __future__ import annotations
@@ -16,6 +16,8 @@ from torch import Tensor
 from autodeploy.errors import CaptureError
 from autodeploy.metadata.nest import Nested
 from autodeploy.runtime.buckets import StepSizes
+from autodeploy.runtime.sampler import best_tokens
+from autodeploy.runtime.staging import Staging
 
 Step = Callable[..., Tensor]
 
@@ -54,58 +56,62 @@ class CudaGraphs:
 
 
 class CapturedStep:
-    """`step` for decode steps of sizes T == S, over one `buffer` [N] int32 that holds tokens and layout.
+    """`step` for decode steps of sizes T == S, which are packed into the graphs' arena of `staging`.
 
     `logits` [max_num_seqs, V] and `best` [max_num_seqs] int64, the greedy tokens, are written by every run and valid
     until the next.
     """
 
-    def __init__(self, step: Step, buffer: Tensor, caches: Sequence[Tensor], max_num_seqs: int, graphs: Graphs) -> None:
+    def __init__(
+        self, step: Step, staging: Staging, caches: Sequence[Tensor], max_num_seqs: int, graphs: Graphs
+    ) -> None:
         self._step = step
-        self._buffer = buffer
+        self._staging = staging
         self._caches = tuple(caches)
         self._max_num_seqs = max_num_seqs
         self._graphs = graphs
         self._replays: dict[StepSizes, Callable[[], None]] = {}
         self._logits: Tensor | None = None
-        self._best = torch.zeros(max_num_seqs, dtype=torch.int64, device=buffer.device)
+        self._best = torch.zeros(max_num_seqs, dtype=torch.int64, device=staging.buffer.device)
 
     @property
     def num_captures(self) -> int:
         return len(self._replays)
 
-    def __call__(self, sizes: StepSizes, inputs: Nested) -> tuple[Tensor, Tensor]:
-        """Logits [S, V] and greedy tokens [S] of the step in `inputs`, a view of the buffer; captured on first use.
+    def __call__(self, sizes: StepSizes, nested: Nested) -> tuple[Tensor, Tensor]:
+        """Logits [S, V] and greedy tokens [S] of the step `nested`, which lies in the arena; captured on first use.
 
         Raises CaptureError where the step cannot be captured.
         """
         replay = self._replays.get(sizes)
         if replay is None:
-            replay = self._replays[sizes] = self._capture(sizes, inputs)
+            replay = self._replays[sizes] = self._capture(sizes, nested)
         replay()
         assert self._logits is not None
         return self._logits[: sizes.num_sequences], self._best[: sizes.num_sequences]
 
-    def _capture(self, sizes: StepSizes, inputs: Nested) -> Callable[[], None]:
+    def _capture(self, sizes: StepSizes, nested: Nested) -> Callable[[], None]:
         """Warming up runs the step, so that it runs on padding: a state may be advanced only once."""
-        waiting = inputs.buffer.clone()
-        inputs.buffer.zero_()
+        waiting = nested.buffer.clone()
+        nested.buffer.zero_()
         try:
-            self._graphs.warm_up(lambda: self._run(inputs))
-            return self._graphs.record(lambda: self._run(inputs))
+            self._graphs.warm_up(lambda: self._run(nested))
+            return self._graphs.record(lambda: self._run(nested))
         except RuntimeError as error:
             raise CaptureError(
                 f"a decode step of {sizes.num_sequences} sequences cannot be captured as a CUDA graph: {error}",
                 fix="cuda_graphs=False runs without; choose a backend that waits for nothing on the host",
             ) from error
         finally:
-            inputs.buffer.copy_(waiting)
+            # Recording has waited for the copy of the warm-up.
+            nested.buffer.copy_(waiting)
 
-    def _run(self, inputs: Nested) -> None:
+    def _run(self, nested: Nested) -> None:
+        inputs = self._staging.copy(nested)
         logits_SV = self._step(inputs.input_ids, inputs.layout, *self._caches)
         rows = logits_SV.shape[0]
         if self._logits is None:
             # Not by a capture, whose memory others use again.
             self._logits = logits_SV.new_empty(self._max_num_seqs, logits_SV.shape[1])
         self._logits[:rows].copy_(logits_SV)
-        torch.argmax(logits_SV, dim=-1, out=self._best[:rows])
+        self._best[:rows].copy_(best_tokens(logits_SV))

@@ -22,7 +22,7 @@ from autodeploy.runtime.detokenizer import Detokenizer, Tokenizer
 from autodeploy.runtime.packer import Packer
 from autodeploy.runtime.pages import BlockTables
 from autodeploy.runtime.requests import Request, SamplingParams, Status, as_prompt, make_request
-from autodeploy.runtime.sampler import sample_tokens
+from autodeploy.runtime.sampler import best_tokens, sample_tokens
 from autodeploy.runtime.scheduler import Batch, Scheduler
 from autodeploy.runtime.staging import Fetch, Link, Staging
 
@@ -118,7 +118,7 @@ class Engine:
             graphs = CudaGraphs(device)
         self._captured: CapturedStep | None = None
         if graphs is not None:
-            self._captured = CapturedStep(step, self._staging.buffer, self._caches, max_rows, graphs)
+            self._captured = CapturedStep(step, self._staging, self._caches, max_rows, graphs)
 
     @property
     def has_work(self) -> bool:
@@ -158,11 +158,15 @@ class Engine:
         start = perf_counter()
         batch = self._scheduler.schedule()
         try:
-            sizes = self._sizes(batch)
-            inputs = self._staging.send(self._packer.pack(batch, sizes))
+            sizes, is_captured = self._sizes(batch), self._is_captured(batch)
+            arena = self._staging.graph_arena() if is_captured else self._staging.next_arena()
+            nested = self._packer.pack(batch, sizes, arena)
+            inputs = nested if is_captured else self._staging.send(nested)
             launched = perf_counter()
             with torch.no_grad():
                 tokens, sampler_bytes = self._compute(batch, sizes, inputs)
+            if is_captured:
+                self._staging.landed()
             returned = perf_counter()
             self._scheduler.commit(batch)
             outputs = self._advance(batch, tokens)
@@ -175,16 +179,22 @@ class Engine:
     def _detokenizer(self, params: SamplingParams) -> Detokenizer | None:
         return Detokenizer(self._tokenizer, params.stop) if self._tokenizer else None
 
+    def _is_captured(self, batch: Batch) -> bool:
+        return self._captured is not None and batch.is_decode
+
     def _sizes(self, batch: Batch) -> StepSizes:
         _, max_num_seqs, max_pages = self._tables.tables.shape
         pages = -(-batch.longest // self._spec.page_size)
-        if self._captured and batch.is_decode:
+        if self._is_captured(batch):
             return captured_sizes(len(batch.rows), pages, max_num_seqs, max_pages)
         longest_query = 1 if batch.is_decode else int(batch.query_lens.max())
         return padded_sizes(batch.num_tokens, len(batch.rows), longest_query, pages, max_pages)
 
     def _compute(self, batch: Batch, sizes: StepSizes, inputs: Nested) -> tuple[np.ndarray, int]:
-        """Run a step: the tokens [k] int64 of `batch.sampled`, and the bytes copied to the device to choose them."""
+        """Run a step: the tokens [k] int64 of `batch.sampled`, and the bytes copied to the device to choose them.
+
+        `inputs` are on the host where the step is captured, on the device otherwise.
+        """
         if self._captured and batch.is_decode:
             logits, best = self._captured(sizes, inputs)
         else:
@@ -192,7 +202,7 @@ class Engine:
         drawing, num_sampled = batch.drawing, len(batch.sampled)
         if len(drawing) < num_sampled:
             # Over all rows, padding too: cheaper than sending an index to the device.
-            tokens = self._fetch(logits.argmax(dim=-1) if best is None else best)[batch.places]
+            tokens = self._fetch(best_tokens(logits) if best is None else best)[batch.places]
         else:
             tokens = np.empty(num_sampled, dtype=np.int64)
         if not drawing:

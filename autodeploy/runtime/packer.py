@@ -36,7 +36,7 @@ class _Packed:
 
 
 class Packer:
-    """Writes steps into the arenas of `staging` by turns, and remembers what each of them holds."""
+    """Writes steps into the arenas of `staging`, and remembers what each of them holds."""
 
     def __init__(self, staging: Staging, tables: BlockTables, sequences: Sequences) -> None:
         self._staging = staging
@@ -45,21 +45,20 @@ class Packer:
         self._spec: LayoutSpec = tables.spec
         self._packed: list[_Packed | None] = [None] * len(staging.arenas)
 
-    def pack(self, batch: Batch, sizes: StepSizes) -> Nested:
-        """The step of `batch`, in the next arena."""
-        turn = self._staging.next_arena()
-        packed = self._packed[turn]
+    def pack(self, batch: Batch, sizes: StepSizes, arena: int) -> Nested:
+        """The step of `batch`, in the arena of number `arena`."""
+        packed = self._packed[arena]
         if packed is None or packed.batch is not batch or packed.sizes != sizes:
-            self._packed[turn] = None
-            packed = self._packed[turn] = self._write(batch, sizes, turn)
+            self._packed[arena] = None
+            packed = self._packed[arena] = self._write(batch, sizes, arena)
         else:
             self._update(packed)
         return packed.nested
 
-    def _write(self, batch: Batch, sizes: StepSizes, turn: int) -> _Packed:
+    def _write(self, batch: Batch, sizes: StepSizes, arena: int) -> _Packed:
         """Everything anew."""
         num_columns = self._spec.num_columns(sizes.pages_per_sequence)
-        nested = self._staging.arenas[turn].view(sizes.num_tokens, sizes.num_sequences, num_columns)
+        nested = self._staging.arenas[arena].view(sizes.num_tokens, sizes.num_sequences, num_columns)
         tables = self._tables.tables[:, batch.rows, : sizes.pages_per_sequence]
         write_step(nested, self._token_ids(batch), batch.query_lens, batch.context_lens, batch.rows + 1, list(tables))
         rows = nested.layout.numpy()[: len(batch.rows)]

@@ -9,6 +9,28 @@ from torch import Tensor
 
 from autodeploy.runtime.requests import Request
 
+_SMALLEST_PART, _LARGEST_PART = 16, 512
+
+
+def best_tokens(logits: Tensor) -> Tensor:
+    """The first of each row's largest logits: [S, V] -> [S] int64.
+
+    A GPU gives a row to one of its many processors, and few rows leave the others idle: 37 us for 2 rows of 128,256 on
+    an H100. So there each row is cut into parts first.
+    """
+    vocabulary = logits.shape[-1]
+    part = min(vocabulary & -vocabulary, _LARGEST_PART)
+    if logits.device.type == "cpu" or part < _SMALLEST_PART:
+        return logits.argmax(dim=-1)
+    return best_of_parts(logits, part)
+
+
+def best_of_parts(logits: Tensor, part: int) -> Tensor:
+    """The same, from the best of each `part` logits in a row; V is a multiple of `part`."""
+    best, place = logits.unflatten(-1, (-1, part)).max(dim=-1)
+    first = best.argmax(dim=-1, keepdim=True)
+    return (first * part + place.gather(1, first)).squeeze(1)
+
 
 def sample_tokens(logits: Tensor, rows: Sequence[int], requests: Sequence[Request]) -> tuple[Tensor, int]:
     """The next tokens [R] int64 of `requests`, none of them greedy, whose logits are `rows` of `logits` [S, V].
