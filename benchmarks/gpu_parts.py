@@ -24,6 +24,7 @@ from passes import LowerFields, ShareMetadata
 
 DEVICE = torch.device("cuda")
 NUM_LAYERS = 32
+PAGE_SIZE = 64
 
 HEADS = {"num_heads": 32, "num_kv_heads": 8, "head_dim": 128, "value_dim": 128}
 LAYER = Site(
@@ -33,7 +34,7 @@ LAYER = Site(
     torch.bfloat16,
     DEVICE,
     num_groups=1,
-    page_size=16,
+    page_size=PAGE_SIZE,
     params=HEADS | {"scale": 128**-0.5, "causal": True, "softcap": None, "has_sinks": False, "has_bias": False},
 )
 
@@ -107,7 +108,13 @@ def prepare(_: dict[str, Any]) -> list[dict[str, Any]]:
 
 
 def _prepare(num_sequences: int, windows: tuple[int | None, ...], per_layer: bool = False) -> dict[str, Any]:
-    step = nested([1] * num_sequences, [1023] * num_sequences, LayoutSpec(16, (None,) * len(windows)), 40_000, 64)
+    step = nested(
+        [1] * num_sequences,
+        [1023] * num_sequences,
+        LayoutSpec(PAGE_SIZE, (None,) * len(windows)),
+        10_000,
+        1024 // PAGE_SIZE,
+    )
     layout, num_tokens = step.layout, step.num_tokens
     backend = next(backend for backend in backends() if backend.name == "triton" and backend.kind == "attention")
     sites = [replace(LAYER, window=window, group=g, num_groups=len(windows)) for g, window in enumerate(windows)]
@@ -181,10 +188,12 @@ def attention(results: dict[str, Any]) -> list[dict[str, Any]]:
 
 def _attention(backend: Backend, sequences: int, context: int) -> dict[str, Any]:
     layers = max(1, min(16, (512 << 20) // (sequences * context * 4096) + 1))
-    num_pages = sequences * context // 16 + 2
-    step = nested([1] * sequences, [context - 1] * sequences, LayoutSpec(16, (None,)), num_pages, context // 16)
+    num_pages = sequences * context // PAGE_SIZE + 2
+    step = nested(
+        [1] * sequences, [context - 1] * sequences, LayoutSpec(PAGE_SIZE, (None,)), num_pages, context // PAGE_SIZE
+    )
     rows = step.num_tokens
-    shapes = [(num_pages, 16, *spec.shape) for spec in backend.caches(LAYER)]
+    shapes = [(num_pages, PAGE_SIZE, *spec.shape) for spec in backend.caches(LAYER)]
     dtypes = [spec.dtype for spec in backend.caches(LAYER)]
     caches = [
         tuple(
