@@ -4,9 +4,9 @@
 
 Sections, in this order: limits (copy bandwidth, matrix product), prepare (all metadata of a step), attention (the
 decode kernel alone), host (the host's work for a decode step), decode and prefill (a model of the shape of
-Llama-3-8B with random weights, bfloat16), profile (where the time of a step goes), transformers (its decode step beside
-ours). Each is written to the file as it ends, so that a call cut short keeps what it measured; all take some six minutes
-on an H100.
+Llama-3-8B with random weights, bfloat16), profile (where the time of a step goes), transformers (its decode step
+beside ours). Each is written to the file as it ends, so that a call cut short keeps what it measured. All of them take
+some five minutes on an H100.
 
 Times are medians over repeated runs, of CUDA graphs where a step is launch-bound; weights and caches are larger than
 the L2 cache and are read in turn.

@@ -96,7 +96,7 @@ def nested(query_lens: list[int], context_lens: list[int], spec: LayoutSpec, num
 
 def prepare(_: dict[str, Any]) -> list[dict[str, Any]]:
     """All metadata of a decode step of 32 layers with up to 1,024 tokens each, as CUDA graphs: our launch, torch's ops
-    once for each KV group, and torch's ops for every layer, also compiled by Inductor.
+    once for each KV group, and torch's ops for every layer.
 
     `kernels` and `device_us` are the kernels of one run and their time on the device; `us` is from the start of the
     graph to its end, of which an empty graph takes `empty_us`.
@@ -126,8 +126,7 @@ def _prepare(num_sequences: int, windows: tuple[int | None, ...], per_layer: boo
     shared = _prepare_module(backend, layers)
     ways = {"ours": lambda: shared(layout, num_tokens), "torch, once": lambda: naive(sites)}
     if per_layer:
-        compiled = torch.compile(naive, dynamic=False)
-        ways |= {"torch, per layer": lambda: naive(layers), "Inductor, per layer": lambda: compiled(layers)}
+        ways["torch, per layer"] = lambda: naive(layers)
     row = {"sequences": num_sequences, "kv_groups": len(windows)}
     row["empty_us"] = milliseconds(captured(lambda: layout[:1, :1].add_(0))) * 1e3
     for name, run in ways.items():
