@@ -16,7 +16,6 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 from torch._guards import TracingContext, tracing
-from torch._inductor import config as inductor_config
 from torch._inductor import standalone_compile
 from torch._inductor.standalone_compile import CompiledArtifact
 from torch._subclasses import FakeTensorMode
@@ -101,10 +100,8 @@ def lower(
     keep_metadata(lifted)
     device = next(model.parameters()).device
     example_inputs = _example_inputs(layout_spec, cache_specs, device)
-    # On a GPU the norms of a few rows take as long as their kernel is badly cut.
-    tuning = inductor_config.patch(coordinate_descent_tuning=device.type == "cuda")
     fake_mode = FakeTensorMode(shape_env=ShapeEnv(duck_shape=False))
-    with tracing(TracingContext(fake_mode)), torch.no_grad(), tuning:
+    with tracing(TracingContext(fake_mode)), torch.no_grad():
         fakes = [fake_mode.from_tensor(tensor.detach(), static_shapes=True) for tensor in attributes.values()]
         fakes += [_fake(fake_mode, tensor, dims) for tensor, dims in example_inputs]
         artifact = standalone_compile(lifted, fakes, dynamic_shapes="from_tracing_context", options={})
