@@ -29,6 +29,7 @@ _PLAIN_LAYER: dict[str, dict[str, Any]] = {
         "softcap": None,
         "has_sinks": False,
         "has_bias": False,
+        "has_alibi": False,
     },
     "causal_conv1d": {"channels": 64, "kernel_size": 4, "has_bias": False, "activation": "silu"},
 }

@@ -48,6 +48,7 @@ SITE = Site(
         "softcap": None,
         "has_sinks": False,
         "has_bias": False,
+        "has_alibi": False,
     },
 )
 

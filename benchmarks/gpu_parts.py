@@ -35,7 +35,9 @@ LAYER = Site(
     DEVICE,
     num_groups=1,
     page_size=PAGE_SIZE,
-    params=HEADS | {"scale": 128**-0.5, "causal": True, "softcap": None, "has_sinks": False, "has_bias": False},
+    params=HEADS
+    | {"scale": 128**-0.5, "causal": True, "softcap": None}
+    | dict.fromkeys(("has_sinks", "has_bias", "has_alibi"), False),
 )
 
 

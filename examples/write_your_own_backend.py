@@ -38,8 +38,8 @@ class DenseAttention(PagedAttention):
     meaning = "one dense mask over all pages of a sequence"
 
     def why_not(self, site: Site) -> str | None:
-        if site.params["softcap"] or site.params["has_sinks"]:
-            return "softcap and sinks are left out of the example"
+        if site.params["softcap"] or site.params["has_sinks"] or site.params["has_alibi"]:
+            return "softcap, sinks and ALiBi are left out of the example"
         return super().why_not(site)
 
     def metadata(self, layout: Tensor, num_tokens: int, site: Site) -> dict[str, Tensor]:
@@ -54,7 +54,7 @@ class DenseAttention(PagedAttention):
     def call(
         self, tensors: tuple[Any, ...], caches: tuple[Tensor, ...], metadata: dict[str, Tensor], site: Site
     ) -> Tensor:
-        query_1HTD, key_1KTD, value_1KTD, _, _ = tensors
+        query_1HTD, key_1KTD, value_1KTD, *_ = tensors
         keys_TKLD, values_TKLD = (
             write_and_gather(cache, new_1KTD, metadata)
             for cache, new_1KTD in zip(caches, (key_1KTD, value_1KTD), strict=True)

@@ -37,6 +37,9 @@ ATTENTION_SITES = {
     "all": {"window": 6, "softcap": 2.0, "has_sinks": True, "value_dim": 24},
     "bfloat16": {"dtype": torch.bfloat16},
     "bfloat16_all": {"dtype": torch.bfloat16, "window": 6, "softcap": 2.0, "has_sinks": True},
+    "alibi": {"has_alibi": True},
+    "alibi_all": {"window": 6, "softcap": 2.0, "has_sinks": True, "has_alibi": True, "num_kv_heads": 1},
+    "bfloat16_alibi": {"dtype": torch.bfloat16, "window": 6, "has_alibi": True},
     "float64": {"dtype": torch.float64},
 }
 CONV_SITES = {
@@ -49,7 +52,7 @@ CONV_SITES = {
 
 def attention_site(dtype: torch.dtype = torch.float32, window: int | None = None, **params: object) -> Site:
     defaults = {"num_heads": 6, "num_kv_heads": 2, "head_dim": 16, "value_dim": 16, "scale": 0.3, "causal": True}
-    defaults |= {"softcap": None, "has_sinks": False, "has_bias": False}
+    defaults |= {"softcap": None, "has_sinks": False, "has_bias": False, "has_alibi": False}
     return Site("attention", "layer", "any", dtype, CPU, window, params=defaults | params)
 
 
@@ -86,7 +89,8 @@ def make_inputs(site: Site, batch: Batch) -> Inputs:
             (p["num_kv_heads"], p["head_dim"]),
             (p["num_kv_heads"], p["value_dim"]),
         ]
-        shared = (torch.randn(p["num_heads"], dtype=dtype) if p["has_sinks"] else None, None)
+        sinks = torch.randn(p["num_heads"], dtype=dtype) if p["has_sinks"] else None
+        shared = (sinks, None, torch.rand(p["num_heads"]) if p["has_alibi"] else None)
         shapes = [[(1, heads, row.seq_len, size) for heads, size in sizes] for row in batch.rows]
     else:
         bias = torch.randn(p["channels"], dtype=dtype) if p["has_bias"] else None
@@ -110,8 +114,9 @@ def canonical(site: Site, tensors: tuple[Tensor, ...], shared: tuple[Tensor | No
     """The canonical op on one whole sequence, tokens first."""
     p = site.params
     if site.kind == "attention":
-        out = attention.attention(*tensors, *shared, scale=p["scale"], window=site.window, softcap=p["softcap"])
-        return out[0]
+        sinks, bias, slopes = shared
+        options = {"scale": p["scale"], "window": site.window, "softcap": p["softcap"]}
+        return attention.attention(*tensors, sinks, bias, None, slopes, **options)[0]
     return causal_conv1d.causal_conv1d(*tensors, *shared, activation=p["activation"])[0].T
 
 
@@ -295,9 +300,22 @@ def test_cached_op_is_well_formed(backend: Backend, site: Site) -> None:
 def test_canonical_op_is_well_formed(cu_seqlens: Tensor | None) -> None:
     query, key, value = torch.randn(1, 4, 6, 8), torch.randn(1, 2, 6, 8), torch.randn(1, 2, 6, 5)
     options = {"scale": 0.3, "window": 3, "softcap": 2.0}
-    torch.library.opcheck(attention.attention, (query, key, value, torch.randn(4), None, cu_seqlens), options)
+    per_head = (torch.randn(4), None, cu_seqlens, torch.rand(4))
+    torch.library.opcheck(attention.attention, (query, key, value, *per_head), options)
     hidden, weight, bias = torch.randn(1, 3, 6), torch.randn(3, 4), torch.randn(3)
     torch.library.opcheck(causal_conv1d.causal_conv1d, (hidden, weight, bias, cu_seqlens), {"activation": "silu"})
+
+
+@pytest.mark.parametrize("slopes_by", ["distance", "key position"])
+def test_slopes_are_a_bias(slopes_by: str) -> None:
+    """Without sinks the softmax does not see where distances are counted from."""
+    query, key, value = torch.randn(1, 4, 6, 8), torch.randn(1, 4, 6, 8), torch.randn(1, 4, 6, 5)
+    slopes, index = torch.tensor([0.5, 0.25, 0.125, -1.0]), torch.arange(6)
+    distance = index - index[:, None] if slopes_by == "distance" else index.expand(6, 6)
+    scores = 0.3 * query @ key.mT + slopes[:, None, None] * distance
+    expected = scores.masked_fill(index > index[:, None], -torch.inf).softmax(-1) @ value
+    got = attention.attention(query, key, value, alibi_slopes=slopes, scale=0.3)
+    torch.testing.assert_close(got, expected.transpose(1, 2))
 
 
 @pytest.mark.parametrize("backend", backends(), ids=lambda backend: f"{backend.name}-{backend.kind}")
@@ -308,7 +326,7 @@ def test_backend_records_on_proxies(backend: Backend) -> None:
     tracer = GraphAppendingTracer(graph)
     layout, num_tokens, *rest = (Proxy(graph.placeholder(f"input_{i}"), tracer) for i in range(7))
     count = len(backend.caches(site))
-    tensors = (*rest[: 5 - count], None, None) if site.kind == "attention" else (*rest[:2], None)
+    tensors = (*rest[: 5 - count], None, None, None) if site.kind == "attention" else (*rest[:2], None)
     out = backend.call(tensors, tuple(rest[5 - count :]), backend.metadata(layout, num_tokens, site), site)
     assert isinstance(out, Proxy)
     graph.output(out.node)

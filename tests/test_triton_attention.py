@@ -27,6 +27,8 @@ SITES |= {
     "size_96_value_40": {"head_dim": 96, "value_dim": 40, "scale": 0.1},
     "size_256": {"head_dim": 256, "value_dim": 256, "scale": 0.06},
     "group_20": {"num_heads": 20, "num_kv_heads": 1},
+    "float16_alibi": {"dtype": torch.float16, "has_alibi": True, "num_kv_heads": 6},
+    "window_alibi": {"window": 20, "has_alibi": True, "num_kv_heads": 1},
     "window_sinks": {"window": 20, "has_sinks": True},
 }
 # More tokens than rows, but for the decode step, whose padding tokens are those of its padding rows.
@@ -54,7 +56,7 @@ def test_is_the_canonical_op(options: dict, name: str, triton_device: torch.devi
 
 @pytest.mark.parametrize("splits", [1, 2, 5])
 @pytest.mark.parametrize("name", ["decode", "longer"])
-@pytest.mark.parametrize("site", ["gqa", "bfloat16_all", "window_sinks"])
+@pytest.mark.parametrize("site", ["gqa", "bfloat16_all", "window_sinks", "window_alibi"])
 @pytest.mark.usefixtures("small_blocks")
 def test_any_number_of_splits(
     site: str,

@@ -101,13 +101,21 @@ _LLAMA = {
 
 
 def _attention_case(
-    name: str, fn: Any, target: str, dtype: str = "bf16", cache: str = "", sinks: bool = False, **given: Any
+    name: str,
+    fn: Any,
+    target: str,
+    dtype: str = "bf16",
+    cache: str = "",
+    sinks: bool = False,
+    slopes: bool = False,
+    **given: Any,
 ) -> Case:
     """A case with the block sizes that the launcher chooses on `target`."""
     constexprs = _LLAMA | given
     types = _ATTENTION | dict.fromkeys(("query", "key", "value", "out"), f"*{dtype}")
     types |= dict.fromkeys(("key_cache", "value_cache"), f"*{cache or dtype}")
     types |= {"sinks": f"*{dtype}"} if sinks else {}
+    types |= {"slopes": "*fp32"} if slopes else {}
     types |= {"part": "*fp32", "part_sums": "*fp32"} if constexprs["SPLITS"] > 1 else {}
     sizes = constexprs["GROUP"], constexprs["KEY_SIZE"], constexprs["VALUE_SIZE"]
     if fn is triton_decode.decode_kernel:
@@ -116,14 +124,7 @@ def _attention_case(
         constexprs |= triton_prefill.prefill_blocks(*sizes, _DTYPES[dtype], SHARED_BYTES[target])
     options = {option: constexprs.pop(option) for option in ("num_warps", "num_stages")}
     signature = {arg: types[arg] for arg in fn.arg_names if arg in types}
-    return Case(
-        name,
-        triton_linear.linears_kernel,
-        signature,
-        {n: v for n, v in constexprs.items() if n in fn.arg_names},
-        options,
-        (target,),
-    )
+    return Case(name, fn, signature, {n: v for n, v in constexprs.items() if n in fn.arg_names}, options, (target,))
 
 
 _GPT_OSS = {"GROUP": 8, "KEY_SIZE": 64, "VALUE_SIZE": 64, "WINDOW": 128, "sinks": True}
@@ -135,6 +136,7 @@ for _target in TARGETS:
             _attention_case(f"{_kind}_llama_fp16_page_256", _fn, _target, "fp16", PAGE_SIZE=256),
             _attention_case(f"{_kind}_llama_fp32", _fn, _target, "fp32"),
             _attention_case(f"{_kind}_gpt_oss", _fn, _target, **_GPT_OSS),
+            _attention_case(f"{_kind}_mpt", _fn, _target, HEADS=32, GROUP=1, slopes=True),
             _attention_case(f"{_kind}_gemma_2", _fn, _target, **_GEMMA_2),
             _attention_case(f"{_kind}_size_80", _fn, _target, HEADS=32, GROUP=1, KEY_SIZE=80, VALUE_SIZE=80),
             _attention_case(f"{_kind}_size_192_value_128", _fn, _target, HEADS=16, GROUP=1, KEY_SIZE=192),

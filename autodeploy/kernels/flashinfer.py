@@ -204,6 +204,8 @@ class FlashInferAttention(PagedAttention):
             return f"{site.dtype} is neither float16 nor bfloat16".replace("torch.", "")
         if p["has_sinks"]:
             return "sinks are not supported"
+        if p["has_alibi"]:
+            return "ALiBi is not supported"
         if p["head_dim"] != p["value_dim"] or p["head_dim"] not in _HEAD_DIMS:
             return f"heads of {p['head_dim']} and {p['value_dim']} are not both one of 64, 128 and 256"
         return None

@@ -31,6 +31,7 @@ def reference_paged_attention(
     block_table: Tensor,
     seq_lens: Tensor,
     cu_seqlens_q: Tensor,
+    alibi_slopes: Tensor | None = None,
     *,
     scale: float,
     window: int | None = None,
@@ -62,13 +63,14 @@ def reference_paged_attention(
             scale=scale,
             softcap=softcap,
             sinks=sinks,
+            alibi_slopes=alibi_slopes,
         )
         out_THE[start:stop] = out_1HQE[0].transpose(0, 1)
     return out_THE[None]
 
 
 @reference_paged_attention.register_fake
-def _(query, key, value, sinks, key_cache, value_cache, slot_mapping, block_table, seq_lens, cu_seqlens_q, **_):
+def _(query, key, value, *_, **__):
     return query.new_empty(1, query.shape[2], query.shape[1], value.shape[3])
 
 

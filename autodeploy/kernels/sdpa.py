@@ -27,15 +27,16 @@ _GATHER_BYTES = 4 << 20
 
 
 class Scoring(NamedTuple):
-    """What a layer does to its scores beyond masking; `sinks` is [H]."""
+    """What a layer does to its scores beyond masking; `sinks` and `alibi_slopes` are [H]."""
 
     scale: float
     softcap: float | None
     sinks: Tensor | None
+    alibi_slopes: Tensor | None
 
     @property
     def is_plain(self) -> bool:
-        return self.softcap is None and self.sinks is None
+        return self.softcap is None and self.sinks is None and self.alibi_slopes is None
 
 
 # Defined by hand: a call of a `torch.library.custom_op` that mutates costs some 70 us on a CPU, this one 6.
@@ -43,7 +44,8 @@ _library = torch.library.Library("autodeploy", "FRAGMENT")
 _library.define(
     "sdpa_paged_attention(Tensor query, Tensor key, Tensor value, Tensor? sinks, Tensor(a!) key_cache,"
     " Tensor(b!) value_cache, Tensor head_slots, Tensor block_table, Tensor seq_lens, Tensor cu_seqlens_q,"
-    " Tensor decode_pages, Tensor decode_mask, *, float scale, int? window=None, float? softcap=None) -> Tensor",
+    " Tensor decode_pages, Tensor decode_mask, Tensor? alibi_slopes=None, *, float scale, int? window=None,"
+    " float? softcap=None) -> Tensor",
     tags=(torch.Tag.pt2_compliant_tag, torch.Tag.flexible_layout),
 )
 
@@ -62,6 +64,7 @@ def _paged_attention(
     cu_seqlens_q: Tensor,
     decode_pages: Tensor,
     decode_mask: Tensor,
+    alibi_slopes: Tensor | None = None,
     *,
     scale: float,
     window: int | None = None,
@@ -69,14 +72,14 @@ def _paged_attention(
 ) -> Tensor:
     """Write the new keys and values, then attend: runs of one-token rows together, longer rows one by one.
 
-    query [1, H, T, D], key [1, K, T, D], value [1, K, T, E], sinks [H], caches [N, p, K, D or E] (each page used as
-    [K, p, D or E]) -> [1, T, H, E], zeros for padding tokens. The int and bool tensors are fields.
+    query [1, H, T, D], key [1, K, T, D], value [1, K, T, E], sinks and slopes [H], caches [N, p, K, D or E] (each page
+    used as [K, p, D or E]) -> [1, T, H, E], zeros for padding tokens. The int and bool tensors are fields.
     """
     num_pages, page_size, num_kv_heads, _ = key_cache.shape
     caches = tuple(cache.view(num_pages * num_kv_heads, page_size, -1) for cache in (key_cache, value_cache))
     for cache, new in zip(caches, (key, value), strict=True):
         cache.flatten(0, 1).index_put_((head_slots,), new[0].transpose(0, 1))
-    scoring = Scoring(scale, softcap, sinks)
+    scoring = Scoring(scale, softcap, sinks, alibi_slopes)
     out_THE = query.new_zeros(query.shape[2], query.shape[1], value.shape[3])
     query_THD = query[0].transpose(0, 1)
     lens, starts = seq_lens.tolist(), cu_seqlens_q.tolist()
@@ -169,12 +172,12 @@ def _gather(cache: Tensor, index_CKP: Tensor) -> Tensor:
 
 
 def _attend(query_BHQD: Tensor, keys_BKLD: Tensor, values_BKLE: Tensor, mask: Tensor, scoring: Scoring) -> Tensor:
-    """Attention where `mask`, broadcastable to [B, H, Q, L], is True: [B, H, Q, E]."""
+    """Attention where `mask`, broadcastable to [B, H, Q, L], is True, up to the query's own position: [B, H, Q, E]."""
     if scoring.is_plain:
         return F.scaled_dot_product_attention(
             query_BHQD, keys_BKLD, values_BKLE, mask, scale=scoring.scale, enable_gqa=True
         )
-    # The fused kernel knows neither soft caps nor sinks.
+    # The fused kernel knows neither soft caps, nor sinks, nor slopes.
     shape_BHQ = query_BHQD.shape[:3]
     query_BKRD = query_BHQD.reshape(keys_BKLD.shape[0], keys_BKLD.shape[1], -1, keys_BKLD.shape[3])
     scores_BKRL = torch.matmul(query_BKRD, keys_BKLD.transpose(2, 3))
@@ -182,6 +185,10 @@ def _attend(query_BHQD: Tensor, keys_BKLD: Tensor, values_BKLE: Tensor, mask: Te
     scores_BHQL = scores_BKRL.to(precise).view(*shape_BHQ, -1) * scoring.scale
     if scoring.softcap is not None:
         scores_BHQL = torch.tanh(scores_BHQL / scoring.softcap) * scoring.softcap
+    if scoring.alibi_slopes is not None:
+        index_L = torch.arange(keys_BKLD.shape[2])
+        own = (index_L * mask).amax(-1, keepdim=True)
+        scores_BHQL = scores_BHQL + scoring.alibi_slopes[:, None, None] * (index_L - own)
     scores_BHQL = scores_BHQL.masked_fill(~mask, -torch.inf)
     if scoring.sinks is not None:
         sinks_BHQ1 = scoring.sinks.to(precise).view(1, -1, 1, 1).expand(*shape_BHQ, 1)

@@ -26,7 +26,7 @@ _library = torch.library.Library("autodeploy", "FRAGMENT")
 _library.define(
     "triton_paged_attention(Tensor query, Tensor key, Tensor value, Tensor? sinks, Tensor(a!) key_cache,"
     " Tensor(b!) value_cache, Tensor slot_mapping, Tensor block_table, Tensor seq_lens, Tensor cu_seqlens_q,"
-    " Tensor query_tiles, *, float scale, int? window=None, float? softcap=None) -> Tensor",
+    " Tensor query_tiles, Tensor? alibi_slopes=None, *, float scale, int? window=None, float? softcap=None) -> Tensor",
     tags=(torch.Tag.pt2_compliant_tag, torch.Tag.flexible_layout),
 )
 
@@ -44,6 +44,7 @@ def _paged_attention(
     seq_lens: Tensor,
     cu_seqlens_q: Tensor,
     query_tiles: Tensor,
+    alibi_slopes: Tensor | None = None,
     *,
     scale: float,
     window: int | None = None,
@@ -51,20 +52,21 @@ def _paged_attention(
 ) -> Tensor:
     """Write the new keys and values to their slots, and attend each row to what it sees.
 
-    query [1, H, T, D], key [1, K, T, D], value [1, K, T, E], sinks [H], caches [N, p, K, D or E], contiguous ->
-    [1, T, H, E], zeros for padding tokens. The int tensors are fields. T == S promises that no row has more than one
-    new token, and then the decode kernel does everything.
+    query [1, H, T, D], key [1, K, T, D], value [1, K, T, E], sinks and slopes [H], caches [N, p, K, D or E],
+    contiguous -> [1, T, H, E], zeros for padding tokens. The int tensors are fields. T == S promises that no row has
+    more than one new token, and then the decode kernel does everything.
     """
     query_HTD, key_KTD, value_KTE = (_rows(tensor[0]) for tensor in (query, key, value))
     out_THE = query.new_empty(query.shape[2], query.shape[1], value.shape[3])
     scoring = Scoring.of(scale, window, softcap)
     new, caches, rows = (key_KTD, value_KTE), (key_cache, value_cache), (block_table, seq_lens, cu_seqlens_q)
+    per_head = (sinks, alibi_slopes)
     is_decode = query.shape[2] == seq_lens.shape[0]
     if not is_decode:
         append(*new, *caches, out_THE, slot_mapping, cu_seqlens_q)
-    decode(query_HTD, *new, sinks, *caches, *rows, out_THE, scoring)
+    decode(query_HTD, *new, *per_head, *caches, *rows, out_THE, scoring)
     if not is_decode:
-        prefill(query_HTD, sinks, *caches, *rows, query_tiles, out_THE, scoring)
+        prefill(query_HTD, *per_head, *caches, *rows, query_tiles, out_THE, scoring)
     return out_THE[None]
 
 

@@ -20,7 +20,15 @@ import triton.language as tl
 from torch import Tensor
 
 from autodeploy.kernels.triton_blocks import block_keys, num_splits, shared_bytes
-from autodeploy.kernels.triton_softmax import LOWEST, Scoring, attend_range, load_sinks, squash, store_heads
+from autodeploy.kernels.triton_softmax import (
+    LOWEST,
+    Scoring,
+    attend_range,
+    load_sinks,
+    load_slopes,
+    squash,
+    store_heads,
+)
 
 
 @triton.jit
@@ -49,7 +57,8 @@ _NOT_SPECIAL = ["block_table", "seq_lens", "cu_seqlens_q", "table_stride", "num_
 
 @triton.jit(do_not_specialize=_NOT_SPECIAL)
 def decode_kernel(
-    query, key, value, sinks, key_cache, value_cache, block_table, seq_lens, cu_seqlens_q, out, part, part_sums,
+    query, key, value, sinks, slopes, key_cache, value_cache, block_table, seq_lens, cu_seqlens_q, out,
+    part, part_sums,
     query_stride_h, query_stride_t, key_stride_h, key_stride_t, value_stride_h, value_stride_t, table_stride,
     num_tokens, num_rows, inner, multiplier,
     HEADS: tl.constexpr, GROUP: tl.constexpr, KEY_SIZE: tl.constexpr, VALUE_SIZE: tl.constexpr,
@@ -93,10 +102,11 @@ def decode_kernel(
     share = tl.cdiv(tl.cdiv(last, BLOCK_N) - first_block, SPLITS)
     begin = (first_block + split * share) * BLOCK_N
     end = tl.minimum(begin + share * BLOCK_N, last)
+    slope_G = load_slopes(slopes, head_G, real_G, multiplier)
     highest_G, total_G, mixed_GE = attend_range(
-        query_GD, highest_G, total_G, mixed_GE, tl.full([BLOCK_G], last, tl.int32), begin, end, first,
-        key_cache, value_cache, table, head, inner, multiplier, True, HEADS, KEY_SIZE, VALUE_SIZE, PAGE_SIZE,
-        None, HAS_SOFTCAP, BLOCK_D, BLOCK_E, BLOCK_N,
+        query_GD, highest_G, total_G, mixed_GE, tl.full([BLOCK_G], last, tl.int32), slope_G, begin, end, first,
+        key_cache, value_cache, table, head, inner, multiplier, slopes is not None, True,
+        HEADS, KEY_SIZE, VALUE_SIZE, PAGE_SIZE, None, HAS_SOFTCAP, BLOCK_D, BLOCK_E, BLOCK_N,
     )  # fmt: skip
     if SPLITS == 1:
         store_heads(out, token, head_G, mask_GE, mixed_GE / total_G[:, None], HEADS * GROUP, VALUE_SIZE, BLOCK_E)
@@ -160,6 +170,7 @@ def decode(
     key_KTD: Tensor,
     value_KTE: Tensor,
     sinks: Tensor | None,
+    slopes: Tensor | None,
     key_cache: Tensor,
     value_cache: Tensor,
     block_table: Tensor,
@@ -184,9 +195,9 @@ def decode(
         part = torch.empty(num_rows, num_heads, splits, value_dim, dtype=torch.float32, device=device)
         part_sums = torch.empty(num_rows, num_heads, splits, 2, dtype=torch.float32, device=device)
     decode_kernel[(num_kv_heads, splits, num_rows)](
-        query_HTD, key_KTD, value_KTE, sinks, key_cache, value_cache, block_table, seq_lens, cu_seqlens_q, out_THE,
-        part, part_sums, *query_HTD.stride()[:2], *key_KTD.stride()[:2], *value_KTE.stride()[:2], block_table.stride(0),
-        num_tokens, num_rows, scoring.inner, scoring.multiplier,
+        query_HTD, key_KTD, value_KTE, sinks, slopes, key_cache, value_cache, block_table, seq_lens, cu_seqlens_q,
+        out_THE, part, part_sums, *query_HTD.stride()[:2], *key_KTD.stride()[:2], *value_KTE.stride()[:2],
+        block_table.stride(0), num_tokens, num_rows, scoring.inner, scoring.multiplier,
         HEADS=num_kv_heads, GROUP=group_size, KEY_SIZE=head_dim, VALUE_SIZE=value_dim, PAGE_SIZE=page_size,
         WINDOW=scoring.window, HAS_SOFTCAP=scoring.inner != 0, SPLITS=splits, **blocks,
     )  # fmt: skip

@@ -18,7 +18,7 @@ import triton.language as tl
 from torch import Tensor
 
 from autodeploy.kernels.triton_blocks import block_keys, shared_bytes
-from autodeploy.kernels.triton_softmax import LOWEST, Scoring, attend_range, load_sinks, store_heads
+from autodeploy.kernels.triton_softmax import LOWEST, Scoring, attend_range, load_sinks, load_slopes, store_heads
 
 
 def tile_tokens(group_size: int, dtype: torch.dtype) -> int:
@@ -33,7 +33,7 @@ def _rows(group_size: int, dtype: torch.dtype) -> int:
 
 @triton.jit(do_not_specialize=["block_table", "seq_lens", "cu_seqlens_q", "query_tiles", "table_stride"])
 def prefill_kernel(
-    query, sinks, key_cache, value_cache, block_table, seq_lens, cu_seqlens_q, query_tiles, out,
+    query, sinks, slopes, key_cache, value_cache, block_table, seq_lens, cu_seqlens_q, query_tiles, out,
     query_stride_h, query_stride_t, table_stride, inner, multiplier,
     HEADS: tl.constexpr, GROUP: tl.constexpr, KEY_SIZE: tl.constexpr, VALUE_SIZE: tl.constexpr,
     PAGE_SIZE: tl.constexpr, WINDOW: tl.constexpr, HAS_SOFTCAP: tl.constexpr, TOKENS: tl.constexpr,
@@ -64,25 +64,26 @@ def prefill_kernel(
     mixed_ME = tl.zeros([BLOCK_M, BLOCK_E], tl.float32)
     # Rows beyond the tile's last token stand where it does, so that they too see something.
     position_M = tl.minimum(token_M, end_token - 1) + shift
+    slope_M = load_slopes(slopes, head_M, real_M, multiplier)
     first, end = 0, end_token + shift
     whole_begin, whole_end = 0, (begin_token + shift + 1) // BLOCK_N * BLOCK_N
     if WINDOW is not None:
         first = tl.maximum(begin_token + shift + 1 - WINDOW, 0)
         whole_begin = tl.minimum(tl.cdiv(tl.maximum(end - WINDOW, 0), BLOCK_N) * BLOCK_N, whole_end)
         highest_M, total_M, mixed_ME = attend_range(
-            query_MD, highest_M, total_M, mixed_ME, position_M, first // BLOCK_N * BLOCK_N, whole_begin, first,
-            key_cache, value_cache, table, head, inner, multiplier, True, HEADS, KEY_SIZE, VALUE_SIZE, PAGE_SIZE,
-            WINDOW, HAS_SOFTCAP, BLOCK_D, BLOCK_E, BLOCK_N,
+            query_MD, highest_M, total_M, mixed_ME, position_M, slope_M, first // BLOCK_N * BLOCK_N, whole_begin, first,
+            key_cache, value_cache, table, head, inner, multiplier, slopes is not None, True,
+            HEADS, KEY_SIZE, VALUE_SIZE, PAGE_SIZE, WINDOW, HAS_SOFTCAP, BLOCK_D, BLOCK_E, BLOCK_N,
         )  # fmt: skip
     highest_M, total_M, mixed_ME = attend_range(
-        query_MD, highest_M, total_M, mixed_ME, position_M, whole_begin, whole_end, first,
-        key_cache, value_cache, table, head, inner, multiplier, False, HEADS, KEY_SIZE, VALUE_SIZE, PAGE_SIZE,
-        WINDOW, HAS_SOFTCAP, BLOCK_D, BLOCK_E, BLOCK_N,
+        query_MD, highest_M, total_M, mixed_ME, position_M, slope_M, whole_begin, whole_end, first,
+        key_cache, value_cache, table, head, inner, multiplier, slopes is not None, False,
+        HEADS, KEY_SIZE, VALUE_SIZE, PAGE_SIZE, WINDOW, HAS_SOFTCAP, BLOCK_D, BLOCK_E, BLOCK_N,
     )  # fmt: skip
     highest_M, total_M, mixed_ME = attend_range(
-        query_MD, highest_M, total_M, mixed_ME, position_M, whole_end, end, first,
-        key_cache, value_cache, table, head, inner, multiplier, True, HEADS, KEY_SIZE, VALUE_SIZE, PAGE_SIZE,
-        WINDOW, HAS_SOFTCAP, BLOCK_D, BLOCK_E, BLOCK_N,
+        query_MD, highest_M, total_M, mixed_ME, position_M, slope_M, whole_end, end, first,
+        key_cache, value_cache, table, head, inner, multiplier, slopes is not None, True,
+        HEADS, KEY_SIZE, VALUE_SIZE, PAGE_SIZE, WINDOW, HAS_SOFTCAP, BLOCK_D, BLOCK_E, BLOCK_N,
     )  # fmt: skip
     mask_ME = real_M[:, None] & (column_E < VALUE_SIZE)[None, :]
     store_heads(out, token_M, head_M, mask_ME, mixed_ME / total_M[:, None], HEADS * GROUP, VALUE_SIZE, BLOCK_E)
@@ -110,6 +111,7 @@ def prefill_blocks(
 def prefill(
     query_HTD: Tensor,
     sinks: Tensor | None,
+    slopes: Tensor | None,
     key_cache: Tensor,
     value_cache: Tensor,
     block_table: Tensor,
@@ -128,7 +130,7 @@ def prefill(
     group_size = num_heads // num_kv_heads
     blocks = prefill_blocks(group_size, head_dim, value_dim, query_HTD.dtype, shared_bytes(query_HTD.device))
     prefill_kernel[(num_kv_heads, query_tiles.shape[0])](
-        query_HTD, sinks, key_cache, value_cache, block_table, seq_lens, cu_seqlens_q, query_tiles, out_THE,
+        query_HTD, sinks, slopes, key_cache, value_cache, block_table, seq_lens, cu_seqlens_q, query_tiles, out_THE,
         *query_HTD.stride()[:2], block_table.stride(0), scoring.inner, scoring.multiplier,
         HEADS=num_kv_heads, GROUP=group_size, KEY_SIZE=head_dim, VALUE_SIZE=value_dim, PAGE_SIZE=page_size,
         WINDOW=scoring.window, HAS_SOFTCAP=scoring.inner != 0, **blocks,

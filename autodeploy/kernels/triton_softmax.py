@@ -45,6 +45,16 @@ def load_sinks(sinks, head_M, real_M):
 
 
 @triton.jit
+def load_slopes(slopes, head_M, real_M, multiplier):
+    """[M] what a score, before it is times `multiplier`, loses per position of distance (ALiBi); 0 for no slopes."""
+    if slopes is None:
+        slope_M = tl.zeros(head_M.shape, tl.float32)
+    else:
+        slope_M = tl.load(slopes + head_M, mask=real_M, other=0.0) * (LOG2E / multiplier)
+    return slope_M
+
+
+@triton.jit
 def store_heads(
     out, token, head_M, mask_ME, value_ME, NUM_HEADS: tl.constexpr, SIZE: tl.constexpr, BLOCK: tl.constexpr
 ):
@@ -95,8 +105,8 @@ def _take_block(scores_MN, value_NE, highest_M, total_M, mixed_ME, multiplier):
 
 @triton.jit
 def attend_range(
-    query_MD, highest_M, total_M, mixed_ME, position_M, begin, end, first, key_cache, value_cache, table, head,
-    inner, multiplier, MASKED: tl.constexpr,
+    query_MD, highest_M, total_M, mixed_ME, position_M, slope_M, begin, end, first,
+    key_cache, value_cache, table, head, inner, multiplier, HAS_SLOPES: tl.constexpr, MASKED: tl.constexpr,
     HEADS: tl.constexpr, KEY_SIZE: tl.constexpr, VALUE_SIZE: tl.constexpr, PAGE_SIZE: tl.constexpr,
     WINDOW: tl.constexpr, HAS_SOFTCAP: tl.constexpr,
     BLOCK_D: tl.constexpr, BLOCK_E: tl.constexpr, BLOCK_N: tl.constexpr,
@@ -113,6 +123,8 @@ def attend_range(
         key_ND = _load_block(key_cache, slot_N, head, own_N, MASKED, HEADS, KEY_SIZE, BLOCK_D).to(query_MD.dtype)
         value_NE = _load_block(value_cache, slot_N, head, own_N, MASKED, HEADS, VALUE_SIZE, BLOCK_E).to(query_MD.dtype)
         score_MN = squash(tl.dot(query_MD, tl.trans(key_ND), input_precision="ieee"), inner, HAS_SOFTCAP)
+        if HAS_SLOPES:
+            score_MN -= slope_M[:, None] * (position_M[:, None] - at_N[None, :])
         if MASKED:
             seen_MN = own_N[None, :] & (at_N[None, :] <= position_M[:, None])
             if WINDOW is not None:

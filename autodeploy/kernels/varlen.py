@@ -137,6 +137,8 @@ def _why_not_kernel(site: Site) -> str | None:
         return "varlen_attn has no soft cap"
     if p["has_sinks"]:
         return "varlen_attn has no sinks"
+    if p["has_alibi"]:
+        return "varlen_attn has no ALiBi"
     if p["head_dim"] != p["value_dim"]:
         return f"values of {p['value_dim']} and keys of {p['head_dim']} must be of one size"
     if p["head_dim"] % 8 or p["head_dim"] > _MAX_HEAD_DIM:

@@ -34,31 +34,32 @@ def attention(
     sinks: Tensor | None = None,
     bias: Tensor | None = None,
     cu_seqlens: Tensor | None = None,
+    alibi_slopes: Tensor | None = None,
     *,
     scale: float,
     causal: bool = True,
     window: int | None = None,
     softcap: float | None = None,
 ) -> Tensor:
-    """softmax(softcap(Q Kᵀ · scale) + bias + mask) V, in the arithmetic of transformers' eager attention.
+    """softmax(softcap(Q Kᵀ · scale) + bias + alibi + mask) V, in the arithmetic of transformers' eager attention.
 
     query [B, H, S, D], key [B, K, S, D], value [B, K, S, E] -> [B, S, H, E], in query's dtype; H is a multiple of K.
     A query at position i sees keys j <= i if `causal`, and only j > i - window if `window` is given.
     `softcap` c squashes scores to c·tanh(score / c) (Gemma 2). `sinks` [H] is one more logit per head that takes
     probability and gives nothing (gpt-oss). `bias` is added to the scores, broadcastable to [B, H, S, S].
     `cu_seqlens` [N + 1] int32 cuts one packed row (B = 1) into N sequences that do not see each other; tokens after
-    the last sequence are padding and see only themselves.
+    the last sequence are padding and see only themselves. `alibi_slopes` [H] float32 adds slope · (j - i) to the score
+    of key j (ALiBi: Press et al., arXiv 2108.12409), in float32 or more; without sinks slope · j gives the same.
     """
     mask_QS = _mask(query.shape[2], causal, window, cu_seqlens, query.device)
-    return (
-        attend(query, key, value, mask_QS, scale=scale, softcap=softcap, sinks=sinks, bias=bias)
-        .transpose(1, 2)
-        .contiguous()
+    out_BHSE = attend(
+        query, key, value, mask_QS, scale=scale, softcap=softcap, sinks=sinks, bias=bias, alibi_slopes=alibi_slopes
     )
+    return out_BHSE.transpose(1, 2).contiguous()
 
 
 @attention.register_fake
-def _(query, key, value, sinks=None, bias=None, cu_seqlens=None, *, scale, causal=True, window=None, softcap=None):
+def _(query, key, value, *_, **__):
     return query.new_empty(query.shape[0], query.shape[2], query.shape[1], value.shape[3])
 
 
@@ -72,10 +73,11 @@ def attend(
     softcap: float | None = None,
     sinks: Tensor | None = None,
     bias: Tensor | None = None,
+    alibi_slopes: Tensor | None = None,
 ) -> Tensor:
     """The arithmetic shared by the canonical op and the oracle backend; `mask` is True where a key is seen.
 
-    Returns [B, H, Q, E].
+    Returns [B, H, Q, E]. The last query stands at the last key.
     """
     group_size = query_BHQD.shape[1] // key_BKSD.shape[1]
     key_BHSD = key_BKSD.repeat_interleave(group_size, dim=1)
@@ -85,6 +87,10 @@ def attend(
         scores_BHQS = torch.tanh(scores_BHQS / softcap) * softcap
     if bias is not None:
         scores_BHQS = scores_BHQS + bias
+    if alibi_slopes is not None:
+        index_S = torch.arange(key_BKSD.shape[2], device=key_BKSD.device)
+        index_Q = index_S[key_BKSD.shape[2] - query_BHQD.shape[2] :]
+        scores_BHQS = scores_BHQS + alibi_slopes[:, None, None] * (index_S - index_Q[:, None])
     if mask is not None:
         scores_BHQS = scores_BHQS.masked_fill(~mask, torch.finfo(scores_BHQS.dtype).min)
     if sinks is None:
@@ -119,15 +125,14 @@ def _mask(
 
 
 def _tensors(node: fx.Node) -> tuple[Any, ...]:
-    """query, key, value, sinks, bias of an attention node."""
-    padded = (*node.args, None, None)[:5]
-    return tuple(
-        node.kwargs.get(name, arg) for name, arg in zip(("query", "key", "value", "sinks", "bias"), padded, strict=True)
-    )
+    """query, key, value, sinks, bias, alibi_slopes of an attention node."""
+    names = ("query", "key", "value", "sinks", "bias", "cu_seqlens", "alibi_slopes")
+    given = {**dict(zip(names, node.args, strict=False)), **node.kwargs}
+    return tuple(given.get(name) for name in names if name != "cu_seqlens")
 
 
 def _describe(node: fx.Node) -> Site:
-    query, key, value, sinks, bias = _tensors(node)
+    query, key, value, sinks, bias, alibi_slopes = _tensors(node)
     if not all(isinstance(arg, fx.Node) and "val" in arg.meta for arg in (query, key, value)):
         raise UnsupportedFeature("an attention node whose inputs have no recorded shapes", where=node_location(node))
     q, k, v = (arg.meta["val"] for arg in (query, key, value))
@@ -149,6 +154,7 @@ def _describe(node: fx.Node) -> Site:
             "softcap": node.kwargs.get("softcap"),
             "has_sinks": sinks is not None,
             "has_bias": bias is not None,
+            "has_alibi": alibi_slopes is not None,
         },
     )
 
@@ -158,5 +164,5 @@ KIND = Kind(
     op=torch.ops.autodeploy.attention.default,
     describe=_describe,
     tensors=_tensors,
-    meaning="softmax attention: MHA, MQA, GQA; full or sliding; softcap, sinks, bias",
+    meaning="softmax attention: MHA, MQA, GQA; full or sliding; softcap, sinks, bias, ALiBi",
 )

@@ -36,7 +36,7 @@ class Site:
     filled when caches are planned.
 
     For kind "attention" `params` holds num_heads, num_kv_heads, head_dim, value_dim, scale, causal, softcap,
-    has_sinks, has_bias. For "causal_conv1d": channels, kernel_size, has_bias, activation.
+    has_sinks, has_bias, has_alibi. For "causal_conv1d": channels, kernel_size, has_bias, activation.
     """
 
     kind: str
