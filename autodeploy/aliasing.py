@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import inspect
 import operator
-from collections.abc import Callable, Collection, Iterable
+from collections.abc import Callable, Collection, Iterable, Mapping
 from typing import Any, NamedTuple
 
 import torch
@@ -63,18 +63,21 @@ def mutated(graph: fx.Graph, numbers: Collection[fx.Node] = ()) -> set[fx.Node]:
     `numbers` are nodes that are no tensors: `n += 1` writes to nothing.
     """
     written = [arg for node in graph.nodes if _may_write(node) and node not in numbers for arg in writes(node)]
-    if not written:
-        return set()
-    attributes = _attributes_by_storage(graph)
+    return sharing(written, _attributes_by_storage(graph)) if written else set()
+
+
+def sharing(nodes: Iterable[fx.Node], attributes: Mapping[fx.Node, Iterable[fx.Node]] | None = None) -> set[fx.Node]:
+    """`nodes` and everything that may share their storage; `attributes` says which get_attr nodes do so."""
+    waiting = list(nodes)
     found: set[fx.Node] = set()
-    while written:
-        node = written.pop()
+    while waiting:
+        node = waiting.pop()
         if node in found:
             continue
         found.add(node)
-        written += aliased(node)
-        written += [user for user in node.users if node in aliased(user)]
-        written += attributes.get(node, ())
+        waiting += aliased(node)
+        waiting += [user for user in node.users if node in aliased(user)]
+        waiting += (attributes or {}).get(node, ())
     return found
 
 

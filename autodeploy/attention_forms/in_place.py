@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable
+from collections.abc import Collection
 
 from torch import fx
 
-from autodeploy.aliasing import aliased, writes
+from autodeploy.aliasing import sharing, writes
 
 
 def is_overtaken(output: fx.Node, inputs: Collection[fx.Node], written: set[fx.Node]) -> bool:
@@ -39,22 +39,6 @@ def _between(output: fx.Node, inputs: Collection[fx.Node]) -> set[fx.Node]:
 
 def _is_written(node: fx.Node, first: fx.Node, last: fx.Node) -> bool:
     """Whether something that shares storage with `node` is written to between two nodes."""
-    family = _family(node)
+    family = sharing([node])
     users = (user for member in family for user in member.users if first < user < last)
     return any(not family.isdisjoint(writes(user)) for user in users)
-
-
-def _family(node: fx.Node) -> set[fx.Node]:
-    """Everything that may share storage with `node`."""
-    family: set[fx.Node] = set()
-    waiting: list[fx.Node] = [node]
-    while waiting:
-        current = waiting.pop()
-        if current not in family:
-            family.add(current)
-            waiting += _sharing(current)
-    return family
-
-
-def _sharing(node: fx.Node) -> Iterable[fx.Node]:
-    return [*aliased(node), *(user for user in node.users if node in aliased(user))]
