@@ -10,10 +10,10 @@ from functools import cache
 from typing import Any, NamedTuple
 
 import torch
-import triton
 from torch import Tensor
 
 from autodeploy.kernels.triton_fields import fields_kernel, num_places, num_programs, slot_words
+from autodeploy.kernels.triton_support import power_of_two
 from autodeploy.metadata.fields_torch import NO_WINDOW
 from autodeploy.metadata.layout import NUM_FIXED_COLUMNS
 from autodeploy.ops.spec import FieldLauncher, FieldRequest
@@ -79,7 +79,7 @@ def _slot(request: FieldRequest) -> _Slot:
     if not _KNOWN[name].is_grouped:
         return name, 1, parameters
     _, num_groups, *rest = parameters
-    return name, num_groups, (num_groups, triton.next_power_of_2(num_groups), *rest)
+    return name, num_groups, (num_groups, power_of_two(num_groups), *rest)
 
 
 def _begins(plan: _Plan, sizes: _Sizes) -> tuple[dict[tuple[_Slot, int], Any], Any]:
@@ -138,7 +138,7 @@ def _launch(layout: Tensor, num_tokens: int, requests: str) -> Tensor:
 
 def choose_blocks(num_rows: int, num_tokens: int) -> dict[str, Any]:
     """The kernel's block sizes: powers of 2, few different ones, because each is compiled."""
-    row_block = min(max(triton.next_power_of_2(num_rows), _FEWEST_ROWS), _MOST_ROWS)
+    row_block = min(max(power_of_two(num_rows), _FEWEST_ROWS), _MOST_ROWS)
     N, R = (8, row_block) if num_tokens <= _MANY_TOKENS else (64, min(row_block, 128))
     return {"N": N, "R": R, "ROW_BLOCK": row_block, "PAGE_BLOCK": _PAGE_BLOCK}
 

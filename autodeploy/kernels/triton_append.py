@@ -12,6 +12,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from autodeploy.kernels.triton_support import power_of_two
+
 _TOKENS = 16
 
 
@@ -95,8 +97,8 @@ def append(
         GROUP=out_THE.shape[1] // num_kv_heads,
         KEY_SIZE=head_dim,
         VALUE_SIZE=value_dim,
-        BLOCK_D=triton.next_power_of_2(head_dim),
-        BLOCK_E=triton.next_power_of_2(value_dim),
+        BLOCK_D=power_of_two(head_dim),
+        BLOCK_E=power_of_two(value_dim),
         BLOCK_T=_TOKENS,
         num_warps=4,
     )

@@ -88,6 +88,8 @@ class TritonAttention(PagedAttention):
 
     def __init__(self, name: str = "triton", cache_dtype: torch.dtype | None = None) -> None:
         self.name, self.cache_dtype = name, cache_dtype
+        if cache_dtype is not None:
+            self.meaning = f"{self.meaning}, over a cache in {cache_dtype}".replace("torch.", "")
 
     def why_not(self, site: Site) -> str | None:
         refused = super().why_not(site) or triton_support.why_not(site.device)

@@ -5,7 +5,8 @@ from __future__ import annotations
 from functools import cache
 
 import torch
-import triton
+
+from autodeploy.kernels.triton_support import power_of_two
 
 # What is assumed of a GPU that is not there: an H100.
 _MULTIPROCESSORS, _SHARED_BYTES = 132, 232448
@@ -31,7 +32,7 @@ def shared_bytes(device: torch.device) -> int:
 
 def block_keys(size: int, itemsize: int) -> int:
     """Keys in one block, for the larger of key and value size."""
-    return min(128, max(16, _KEY_BYTES // (triton.next_power_of_2(size) * itemsize)))
+    return min(128, max(16, _KEY_BYTES // (power_of_two(size) * itemsize)))
 
 
 def num_splits(programs: int, blocks: int, device: torch.device) -> int:

@@ -19,6 +19,7 @@ from torch import Tensor
 
 from autodeploy.kernels import triton_support
 from autodeploy.kernels.reference import conv_state_cache
+from autodeploy.kernels.triton_support import power_of_two
 from autodeploy.metadata import fields
 from autodeploy.ops.spec import Backend, CacheSpec, Site
 
@@ -192,7 +193,7 @@ def _causal_conv1d(
     # The plain formula of state_slots is a column of the layout.
     sizes = (channels, hidden.stride(1), hidden.stride(2), state_slots.stride(0), weight.shape[1])
     blocks = triton.cdiv(channels, _BLOCK_C)
-    silu, block_n = activation is not None, triton.next_power_of_2(weight.shape[1])
+    silu, block_n = activation is not None, power_of_two(weight.shape[1])
     if num_tokens == num_rows:
         decode_kernel[(blocks, num_rows)](*tensors, *rows, out_1TC, *sizes, silu, block_n, _BLOCK_C, num_warps=1)
         return out_1TC.transpose(1, 2)

@@ -29,6 +29,7 @@ from autodeploy.kernels.triton_softmax import (
     squash,
     store_heads,
 )
+from autodeploy.kernels.triton_support import power_of_two
 
 
 @triton.jit
@@ -151,11 +152,11 @@ def decode_blocks(
     group_size: int, head_dim: int, value_dim: int, cache_dtype: torch.dtype, shared_bytes: int
 ) -> dict[str, int]:
     """The kernel's block sizes and launch options on a GPU with `shared_bytes` for two programs."""
-    block_d, block_e = triton.next_power_of_2(head_dim), triton.next_power_of_2(value_dim)
+    block_d, block_e = power_of_two(head_dim), power_of_two(value_dim)
     block_n = block_keys(max(head_dim, value_dim), cache_dtype.itemsize)
     room = shared_bytes // 2 // (block_n * (block_d + block_e) * cache_dtype.itemsize)
     return {
-        "BLOCK_G": max(16, triton.next_power_of_2(group_size)),
+        "BLOCK_G": max(16, power_of_two(group_size)),
         "BLOCK_D": block_d,
         "BLOCK_E": block_e,
         "BLOCK_N": block_n,
@@ -210,7 +211,7 @@ def decode(
             NUM_HEADS=num_heads,
             VALUE_SIZE=value_dim,
             SPLITS=splits,
-            BLOCK_R=triton.next_power_of_2(splits),
+            BLOCK_R=power_of_two(splits),
             BLOCK_E=blocks["BLOCK_E"],
             num_warps=4,
         )

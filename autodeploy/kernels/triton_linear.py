@@ -18,6 +18,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from autodeploy.kernels.triton_support import power_of_two
+
 # Above, libraries do as well: the input, which every program reads, is then no longer small beside the weights.
 MAX_ROWS = 64
 _MAX_LAYERS = 4
@@ -45,8 +47,8 @@ def choose_config(num_rows: int, num_features: int, input_size: int, shared_byte
         block_n = 32  # so that there are enough programs
     elif num_rows > 32 and num_features > 8192:
         block_n = 128
-    block_k = min(max(128, 8192 // block_n), max(16, triton.next_power_of_2(input_size)))
-    tile_rows = block_n + max(_MIN_ROWS, triton.next_power_of_2(num_rows))
+    block_k = min(max(128, 8192 // block_n), max(16, power_of_two(input_size)))
+    tile_rows = block_n + max(_MIN_ROWS, power_of_two(num_rows))
     num_stages = max(1, min(_MOST_STAGES, shared_bytes // (2 * tile_rows * block_k)))
     return Config(block_n, block_k, num_warps=4, num_stages=num_stages)
 
@@ -82,7 +84,7 @@ def _shared_bytes(device: torch.device) -> int:
 def _blocks(num_rows: int, cut: Config) -> tuple[tuple[int, int, int], dict[str, Any]]:
     """The last parameters of both kernels, and the options of their launch."""
     options = {"num_warps": cut.num_warps, "num_stages": cut.num_stages}
-    return (max(_MIN_ROWS, triton.next_power_of_2(num_rows)), cut.block_n, cut.block_k), options
+    return (max(_MIN_ROWS, power_of_two(num_rows)), cut.block_n, cut.block_k), options
 
 
 @triton.jit(do_not_specialize=["M"])

@@ -19,6 +19,7 @@ from torch import Tensor
 
 from autodeploy.kernels.triton_blocks import block_keys, shared_bytes
 from autodeploy.kernels.triton_softmax import LOWEST, Scoring, attend_range, load_sinks, load_slopes, store_heads
+from autodeploy.kernels.triton_support import power_of_two
 
 
 def tile_tokens(group_size: int, dtype: torch.dtype) -> int:
@@ -28,7 +29,7 @@ def tile_tokens(group_size: int, dtype: torch.dtype) -> int:
 
 def _rows(group_size: int, dtype: torch.dtype) -> int:
     """Rows of a tile: two warpgroups' worth for the matrix units; few for float32, which needs registers instead."""
-    return max(32 if dtype is torch.float32 else 128, triton.next_power_of_2(group_size))
+    return max(32 if dtype is torch.float32 else 128, power_of_two(group_size))
 
 
 @triton.jit(do_not_specialize=["block_table", "seq_lens", "cu_seqlens_q", "query_tiles", "table_stride"])
@@ -93,7 +94,7 @@ def prefill_blocks(
     group_size: int, head_dim: int, value_dim: int, dtype: torch.dtype, shared_bytes: int
 ) -> dict[str, int]:
     """The kernel's block sizes and launch options on a GPU with `shared_bytes` for one program."""
-    block_d, block_e = triton.next_power_of_2(head_dim), triton.next_power_of_2(value_dim)
+    block_d, block_e = power_of_two(head_dim), power_of_two(value_dim)
     block_m = _rows(group_size, dtype)
     block_n = 16 if dtype is torch.float32 else block_keys(max(head_dim, value_dim), dtype.itemsize)
     room = shared_bytes - block_m * block_d * dtype.itemsize

@@ -15,3 +15,8 @@ def why_not(device: torch.device) -> str | None:
     if device.type not in DEVICE_TYPES:
         return f"Triton kernels need a GPU, not {device.type}"
     return None if find_spec("triton") else "triton is not installed"
+
+
+def power_of_two(number: int) -> int:
+    """The smallest power of two that is not less: what blocks are sized by."""
+    return 1 << max(0, number - 1).bit_length()
