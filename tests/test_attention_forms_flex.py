@@ -70,7 +70,8 @@ def test_form(form: Form, asked: dict[str, object]) -> None:
     # The exported graph of a flex_attention does not run by itself (torch 2.13).
     torch.testing.assert_close(gm(*inputs), form(*inputs), atol=1e-5, rtol=0)
     assert {name: node.kwargs[name] for name in asked} == pytest.approx(asked)
-    assert (node.args[4] is not None) == (form is alibi)
+    assert node.args[4] is None
+    assert (node.kwargs["alibi_slopes"] is not None) == (form is alibi)
     assert not gm.graph.find_nodes(op="call_function", target=FLEX)
     assert len(gm.graph.nodes) < 25  # nothing is left of the block lists
 

@@ -7,7 +7,7 @@ window. Where positions are an input, they are asked as 0, 1, 2, ... in every ro
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -86,20 +86,24 @@ class Masks:
             return True
         key = (term.node, term.factor)
         if key not in self._are_masks:
-            values = (self._ask(term, length, 1) for length in self._lengths([term]))
-            self._are_masks[key] = all(((value == 0) | (value * term.factor <= HIDDEN)).all() for value in values)
+            values = self.values(term)
+            self._are_masks[key] = all(((value == 0) | (value * term.factor <= HIDDEN)).all() for _, value in values)
         return self._are_masks[key]
 
     def hides(self, term: Term) -> bool:
         """Whether `term`, which is added, hides anything."""
-        return any((self._ask(term, length, 1) <= HIDDEN).any() for length in self._lengths([term]))
+        return any((value <= HIDDEN).any() for _, value in self.values(term))
 
     def check_rows(self, term: Term) -> None:
         """Raise Refused where `term`, if it is added, hides everything from some query."""
         if term.role != "add":
             return
-        if not all((self._ask(term, length, 1) > HIDDEN).any(-1).all() for length in self._lengths([term])):
+        if not all((value > HIDDEN).any(-1).all() for _, value in self.values(term)):
             raise Refused(_HIDES_A_ROW)
+
+    def values(self, term: Term) -> Iterator[tuple[int, Tensor]]:
+        """Each length that is asked, in ascending order, and what `term` is there."""
+        return ((length, self._ask(term, length)) for length in self._lengths([term]))
 
     def read(self, terms: Sequence[Term], causal: bool) -> Seen | None:
         """What a query sees under all of `terms`, which are masks; None where that has no closed form.
@@ -133,11 +137,9 @@ class Masks:
 
     def _seen(self, terms: Sequence[Term], length: int, causal: bool) -> Tensor:
         """[..., S, S] bool."""
-        # More than one row where that is cheap: what differs from row to row has no closed form.
-        batch = _ROWS if length in _SMALL else 1
         seen = Seen(causal).matrix(length, terms[0].node.meta["val"].device)
         for term in terms:
-            value = self._ask(term, length, batch)
+            value = self._ask(term, length)
             if term.role == "drop":
                 value = ~value
             elif term.role == "add":
@@ -145,7 +147,9 @@ class Masks:
             seen = seen & value
         return seen
 
-    def _ask(self, term: Term, length: int, batch: int) -> Tensor:
+    def _ask(self, term: Term, length: int) -> Tensor:
+        # More than one row where that is cheap: what differs from row to row has no closed form.
+        batch = _ROWS if length in _SMALL else 1
         return Evaluator(self._gm, self._sizes.at(term.shape[-1], length, batch))(term.node)
 
     def _lengths(self, terms: Sequence[Term]) -> list[int]:

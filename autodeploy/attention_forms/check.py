@@ -24,7 +24,7 @@ def check(gm: fx.GraphModule, found: Attention, sizes: Sizes) -> str | None:
     }
     with torch.no_grad():
         graph = Evaluator(gm, sizes.at(length, _LENGTH, _BATCH), given)(found.output)
-        canonical = found.canonical(*(given.get(node) for node in found.inputs))
+        canonical = found.canonical(*(given[arg] if isinstance(arg, fx.Node) else arg for arg in found.inputs))
     if graph.shape != canonical.shape:
         return f"has a canonical form of shape {list(canonical.shape)} instead of {list(graph.shape)}"
     # A mask that is drawn at random may hide everything from some query, which is NaN on both sides or on none.

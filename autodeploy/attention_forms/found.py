@@ -18,7 +18,7 @@ aten = torch.ops.aten
 
 @dataclass(frozen=True)
 class Attention:
-    """`output` [.., S, E] is softmax(softcap(Q Kᵀ · scale) + bias + mask) V.
+    """`output` [.., S, E] is softmax(softcap(Q Kᵀ · scale) + bias + alibi + mask) V.
 
     `bias` are the terms that have no closed form; `seen` is the mask of the rest. `words` name the forms it was in.
     """
@@ -32,6 +32,7 @@ class Attention:
     scale: float
     softcap: float | None
     sinks: fx.Node | None
+    alibi_slopes: Tensor | None
     bias: tuple[Term, ...]
     seen: Seen
     words: tuple[str, ...]
@@ -39,9 +40,10 @@ class Attention:
     @property
     def inputs(self) -> tuple[Any, ...]:
         """The arguments of `canonical`."""
-        return (self.query.node, self.key.node, self.value.node, self.sinks, *(term.node for term in self.bias))
+        nodes = (self.query.node, self.key.node, self.value.node, self.sinks)
+        return (*nodes, self.alibi_slopes, *(term.node for term in self.bias))
 
-    def canonical(self, query: Any, key: Any, value: Any, sinks: Any, *terms: Any) -> Any:
+    def canonical(self, query: Any, key: Any, value: Any, sinks: Any, alibi_slopes: Any, *terms: Any) -> Any:
         """What `output` is, by the canonical op; on tensors, or on proxies that record it."""
         out_dtype = self.output.meta["val"].dtype
         tensors = [
@@ -57,11 +59,12 @@ class Attention:
         tensors = [_cast(tensor, dtype, common) for tensor, dtype in zip(tensors, dtypes, strict=True)]
         bias = None
         for tensor, term in zip(terms, self.bias, strict=True):
-            bias = _changed(bias, _to_four(tensor, term, self.num_heads), term, common)
+            bias = _changed(bias, to_four(tensor, term, self.num_heads), term, common)
         result = torch.ops.autodeploy.attention.default(
             *tensors,
             sinks,
             bias,
+            alibi_slopes=alibi_slopes,
             scale=self.scale,
             causal=self.seen.causal,
             window=self.seen.window,
@@ -89,7 +92,7 @@ def _changed(bias: Any, tensor: Any, term: Term, dtype: torch.dtype) -> Any:
     return tensor if bias is None else aten.add.Tensor(bias, tensor)
 
 
-def _to_four(tensor: Any, term: Term, num_heads: int) -> Any:
+def to_four(tensor: Any, term: Term, num_heads: int) -> Any:
     """The tensor of `term`, broadcastable to scores of another shape, made so to [B, H, S, S]."""
     recorded: Tensor = term.node.meta["val"]
     ndim, scores_ndim = recorded.dim(), len(term.shape)

@@ -7,7 +7,7 @@ from dataclasses import replace
 from typing import Any
 
 import torch
-from torch import fx
+from torch import Tensor, fx
 from torch.fx.experimental.symbolic_shapes import statically_known_true
 
 from autodeploy.attention_forms.asked import Masks, Seen, Sizes
@@ -15,6 +15,7 @@ from autodeploy.attention_forms.evaluate import Knowledge, Refused, cone, consta
 from autodeploy.attention_forms.found import Attention
 from autodeploy.attention_forms.heads import Operand, num_heads, peel
 from autodeploy.attention_forms.in_place import is_overtaken
+from autodeploy.attention_forms.linear import read_slopes
 from autodeploy.attention_forms.scores import HIDDEN, ScoreReader, Scores, Term, drops_nothing, is_cast, keeps_rows
 
 aten = torch.ops.aten
@@ -32,6 +33,7 @@ class Matcher:
         self._reader = ScoreReader(gm, self._known)
         self.sizes = Sizes(gm)
         self._masks = Masks(gm, self._known, self.sizes)
+        self._slopes: dict[Any, Tensor | None] = {}
 
     def match(self, node: fx.Node, *, hides_rows: bool = False) -> Attention | None:
         """The attention that `node` is the heart of; None where it is not one. Raises Refused with the reason.
@@ -92,7 +94,9 @@ class Matcher:
         if num_heads(value_operand, kv_heads) != kv_heads or heads % kv_heads:
             raise Refused(f"has {heads} query heads on {kv_heads} key heads and another number of value heads")
         seen, bias = self._read_terms(scores, hides_rows)
-        words = [*scores.words, *_describe(seen, bias)]
+        slopes = self._read_slopes(scores, seen, bias, heads)
+        bias = bias if slopes is None else []
+        words = [*scores.words, *_describe(seen, bias), *(["ALiBi"] if slopes is not None else [])]
         words += ["grouped heads"] if kv_heads < heads else []
         found = Attention(
             output=output,
@@ -104,6 +108,7 @@ class Matcher:
             scale=scores.scale * query.scale * key.scale * (scores.softcap or 1.0),
             softcap=scores.softcap,
             sinks=scores.sinks,
+            alibi_slopes=slopes,
             bias=tuple(bias),
             seen=seen,
             words=tuple(dict.fromkeys(words)),
@@ -133,6 +138,16 @@ class Matcher:
         if seen is None or (masks and any(self._may_hide(term) for term in bias)):
             return Seen(scores.causal), terms
         return seen, bias
+
+    def _read_slopes(self, scores: Scores, seen: Seen, bias: Sequence[Term], num_heads: int) -> Tensor | None:
+        """[H] float32 where `bias` is ALiBi and nothing else."""
+        if len(bias) != 1 or bias[0].node not in self._known:
+            return None
+        has_sinks = scores.sinks is not None
+        key = (bias[0].node, bias[0].factor, num_heads, seen, has_sinks)
+        if key not in self._slopes:
+            self._slopes[key] = read_slopes(self._masks, bias[0], num_heads, seen, has_sinks=has_sinks)
+        return self._slopes[key]
 
     def _summands(self, term: Term) -> list[Term]:
         """`term` in parts, where a mask and a bias were added to each other first."""
