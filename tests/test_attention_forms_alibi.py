@@ -8,8 +8,11 @@ import pytest
 import torch
 from attention_graphs import HEAD_DIM, HEADS, KV_HEADS, export, reduced, tensors
 from torch import Tensor, fx
+from transformers import AutoConfig, AutoModelForCausalLM
 
+import autodeploy as ad
 from autodeploy.graph import get_attribute
+from autodeploy.trace.aten import from_export
 
 TOLERANCE = 1e-5  # float32, values of size one
 SLOPES = torch.tensor([0.5, 0.3, 0.125, -0.1])
@@ -93,3 +96,18 @@ def test_stays_a_bias(bias: Bias) -> None:
 def test_sinks_see_where_distances_are_counted_from(bias: Bias) -> None:
     node, _ = found(bias, sinks=torch.tensor([0.5, -1.0, 2.0, 0.0]))
     assert (node.kwargs["alibi_slopes"] is not None) == (bias is by_distance)
+
+
+@pytest.mark.parametrize("model_type", ["bloom", "mpt"])
+def test_a_model_exported_as_it_is_gets_paged(model_type: str) -> None:
+    sizes = {"vocab_size": 64, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4}
+    # With transformers' own, small weights, slopes would not move the logits.
+    config = AutoConfig.for_model(model_type, **sizes, initializer_range=0.2)
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(config, attn_implementation="eager").eval()
+    shapes = {"input_ids": {0: torch.export.Dim.DYNAMIC, 1: torch.export.Dim.DYNAMIC}, "use_cache": None}
+    inputs = {"input_ids": torch.randint(64, (2, 12)), "use_cache": False}
+    with torch.no_grad():
+        program = torch.export.export(model, (), inputs, strict=False, dynamic_shapes=shapes)
+    result = ad.apply(from_export(program), verify=True)
+    assert len(result.cache_specs) == 2 * 2
