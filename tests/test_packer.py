@@ -162,7 +162,7 @@ def test_the_device_is_late_enough_to_show_a_missing_wait() -> None:
 
 
 def replay_steps(staging: Staging, link: LateLink, count: int) -> list[int]:
-    """The same by graphs, whose host forgets in between that a step is under way, as after an error."""
+    """The same by graphs, by a host that does not wait for a step's tokens, as after an error."""
     seen: list[int] = []
     for number in range(count):
         nested = staging.arenas[staging.graph_arena()].view(2, 2, 3)
@@ -178,8 +178,7 @@ def test_the_arena_of_graphs_is_not_written_before_its_step_has_ended() -> None:
     assert replay_steps(Staging(link, 4, 4, 3), link, 5) == list(range(5))
 
 
-def test_the_arena_of_graphs_is_free_once_its_tokens_have_come() -> None:
-    """Saying so without having waited loses steps, which shows that the wait is what keeps them."""
+def test_the_device_is_late_enough_to_show_a_missing_wait_for_a_graph() -> None:
     link = LateLink()
     staging = Staging(link, 4, 4, 3)
     staging.graph_arena = lambda: len(staging.arenas) - 1  # type: ignore[method-assign]

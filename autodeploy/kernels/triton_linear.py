@@ -40,7 +40,7 @@ def choose_config(num_rows: int, num_features: int, input_size: int, shared_byte
     """The launch for `num_rows` rows and `num_features` output features of all layers together.
 
     `shared_bytes` is the shared memory that a program may take.
-    Set by `benchmarks/gpu_linear.py` on an H100: within 3 % of the best of 15 ways for each layer of Llama-3-8B.
+    Set by `benchmarks/gpu_linear.py` on an H100: within 4 % of the best of 15 ways for each layer of Llama-3-8B.
     """
     block_n = 64
     if num_rows <= 8 and num_features <= 4096:

@@ -9,7 +9,7 @@ a P that grows by one every `page_size` steps would change all memory sizes each
 A decode step that is captured as a CUDA graph is captured once per sizes, so these are coarser: S is 2, 4 or a
 multiple of 8, and P a power of two from 64 on. A smaller P would save nothing: 64 pages of each of 64 sequences are
 16 KiB, which take less time to copy than the copy takes to start. Always the largest would do with fewer captures, but
-send 128 KiB for 64 sequences of at most 8,192 tokens, and hide from those who launch kernels, which see no lengths, how
+send 128 KiB for 64 sequences of at most 512 pages, and hide from those who launch kernels, which see no lengths, how
 the work is to be split.
 """
 
