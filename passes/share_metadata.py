@@ -22,7 +22,6 @@ from autodeploy.effects import HOST, UNBACKED
 from autodeploy.equality import merge_equal, merge_equal_numbers
 from autodeploy.graph import near_miss, prepare_nodes
 from autodeploy.memory import TOO_LARGE, too_large_to_hoist
-from autodeploy.metadata.equal_forms import rewrite_equal_forms
 from autodeploy.outline import hoist_scalars, inline, outline
 from autodeploy.spelling import spelled
 
@@ -45,11 +44,9 @@ class ShareMetadata:
         parts = _merge(gm, parts)
         merged = num_known - len(parts.known)
         if moved:
-            if rewrite_equal_forms(gm.graph, parts.known):
-                parts = _merge(gm, split(gm))
-            moved -= len(parts.metadata)
+            left = len(parts.metadata)
             parts = _keep_large(gm, parts)
-            moved += len(parts.metadata)
+            moved -= left - len(parts.metadata)
             outline(gm, parts)
         for node, reason in parts.refused.items():
             near_miss(gm, node, f"{spelled(node)} {reason}")
