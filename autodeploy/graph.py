@@ -14,6 +14,7 @@ PREPARE = "prepare_metadata"
 ROLE = "autodeploy_role"  # meta of placeholders: "layout", "constant", "tokens", "cache" or "weight"
 SITE = "autodeploy_site"  # meta of cached attention nodes: the Site they came from
 NEAR_MISS = "autodeploy_near_miss"  # meta of a node that a pass left alone: why
+LOOKED_AT = "autodeploy_looked_at"  # meta of a graph: names of the tensors whose values decided what it became
 _NEAR_MISSES = "autodeploy_near_misses"
 
 
@@ -39,6 +40,11 @@ def near_miss(gm: fx.GraphModule, node: fx.Node, reason: str) -> None:
 def take_near_misses(gm: fx.GraphModule) -> list[tuple[fx.Node, str]]:
     """What was said with `near_miss` since the last call."""
     return gm.meta.pop(_NEAR_MISSES, [])
+
+
+def look_at(gm: fx.GraphModule, name: str) -> None:
+    """Note that the value of the attribute `name` of `gm` decided something: with another value, another graph."""
+    gm.meta[LOOKED_AT] = gm.meta.get(LOOKED_AT, frozenset()) | {name}  # copies of `gm` share its meta
 
 
 def placeholders(gm: fx.GraphModule, role: str | None = None) -> list[fx.Node]:

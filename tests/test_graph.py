@@ -1,0 +1,15 @@
+"""`autodeploy.graph`: what passes note on a graph."""
+
+from __future__ import annotations
+
+from torch import fx, nn
+
+from autodeploy.graph import LOOKED_AT, copy_module, look_at
+
+
+def test_what_was_looked_at_in_a_copy_is_noted_there_alone() -> None:
+    gm = fx.symbolic_trace(nn.Linear(2, 2))
+    look_at(gm, "weight")
+    copy = copy_module(gm)
+    look_at(copy, "bias")
+    assert (gm.meta[LOOKED_AT], copy.meta[LOOKED_AT]) == ({"weight"}, {"weight", "bias"})
