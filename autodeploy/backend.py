@@ -15,6 +15,7 @@ from autodeploy.graph import copy_module
 from autodeploy.metadata.layout import LayoutSpec
 from autodeploy.ops.registry import check_backend_choice
 from autodeploy.ops.spec import CacheSpec
+from autodeploy.own_passes import own_passes
 from autodeploy.pipeline import Observer, Pass
 from autodeploy.report import Report
 from autodeploy.trace import TRACE_SECONDS
@@ -79,9 +80,7 @@ def resolve_passes(
     passes: Sequence[Pass | str] | None, backend: str | Mapping[str, str] = "auto", page_size: int | None = None
 ) -> list[Pass]:
     """The list to run: the default one, or `passes` with names looked up in it and in entry points."""
-    from passes import default  # the composition root is the one place where the library sees its passes
-
-    known = {step.name: step for step in default(backend, page_size)}
+    known = {step.name: step for step in own_passes().default(backend, page_size)}
     if passes is None:
         return list(known.values())
     known |= {point.name: point.load()() for point in entry_points(group="autodeploy.passes") if point.name in passes}

@@ -3,19 +3,21 @@
 from __future__ import annotations
 
 import operator
+from collections.abc import Collection
 from dataclasses import dataclass
 
 import torch
 from torch import fx
 
-from autodeploy.aliasing import mutated
-from autodeploy.effects import RANDOM, autocast_change, impurity
-from autodeploy.graph import PREPARE, ROLE
-from autodeploy.spelling import attribute, is_arithmetic, is_in_place_operator, is_measure, recorded_value
+from autodeploy.aliasing import mutated, reshaped
+from autodeploy.effects import RANDOM, autocast_change, changes_surroundings, impurity
+from autodeploy.graph import PREPARE, ROLE, get_attribute, prepare_nodes
+from autodeploy.spelling import attribute, is_arithmetic, is_measure, recorded_value
 
 KEPT = "autodeploy_kept"  # meta of a layout-only node that stays where it is: why
 _SHARES_WRITTEN_STORAGE = "may share storage with a value that is written to"
 _IN_AUTOCAST = "is inside an autocast region"
+_SURROUNDINGS = "comes after a call that may change how ops compute"
 _NUMBERS = (torch.SymInt, torch.SymFloat, torch.SymBool, int, float, bool)
 
 
@@ -43,21 +45,26 @@ class Split:
 def split(gm: fx.GraphModule) -> Split:
     """Split `gm` by dependence alone, in one sweep."""
     roles = input_roles(gm.graph)
-    scalars = find_scalars(gm.graph)
-    written = mutated(gm.graph, scalars)
+    written, unsteady = mutated(gm.graph), reshaped(gm.graph)
+    scalars = find_scalars(gm.graph, written, unsteady)
     result = Split(set(), scalars, [], {})
     reads: set[fx.Node] = set()
-    autocast_depth = 0
+    of_layout = _outputs_of_layout(gm)
+    autocast_depth, is_changed = 0, False
     for node in gm.graph.nodes:
         autocast_depth += autocast_change(node)
+        is_changed = is_changed or changes_surroundings(node)
         if not _depends_on_known(node, roles, result):
             continue
         is_source = node.op == "placeholder" or is_prepare(node) or is_unpacking(node)
         depends = node not in scalars and any(arg in reads or arg in scalars for arg in node.all_input_nodes)
+        if is_unpacking(node):
+            depends = node.args[1] in of_layout
         is_layout = roles.get(node) == "layout"
         reason = _SHARES_WRITTEN_STORAGE if node in written else None
         if not is_source and node not in scalars:
-            reason = node.meta.get(KEPT) or _why_not(node, autocast_depth) or reason
+            surroundings = _SURROUNDINGS if is_changed else _IN_AUTOCAST if autocast_depth else None
+            reason = node.meta.get(KEPT) or impurity(node) or surroundings or reason
         if reason is not None:
             if node.users and (depends or node.op in ("placeholder", "get_attr") or reason == RANDOM):
                 result.refused[node] = reason
@@ -68,6 +75,15 @@ def split(gm: fx.GraphModule) -> Split:
         if depends and not is_source:
             result.metadata.append(node)
     return result
+
+
+def _outputs_of_layout(gm: fx.GraphModule) -> set[int]:
+    """Which outputs of prepare_metadata depend on more than constants."""
+    if not prepare_nodes(gm):
+        return set()
+    inner = get_attribute(gm, PREPARE)
+    metadata = set(split(inner).metadata)
+    return {index for index, node in enumerate(inner.graph.output_node().args[0]) if node in metadata}
 
 
 def input_roles(graph: fx.Graph) -> dict[fx.Node, str | None]:
@@ -90,16 +106,24 @@ def _role_of_value(node: fx.Node, has_roles: bool) -> str | None:
     return None if value.dtype.is_floating_point or value.dtype.is_complex else "layout"
 
 
-def find_scalars(graph: fx.Graph) -> set[fx.Node]:
-    """Numbers: sizes, dtypes and the like of any tensor, and arithmetic on them; compile-time work, never a kernel."""
+def find_scalars(
+    graph: fx.Graph, written: Collection[fx.Node] = (), reshaped: Collection[fx.Node] = ()
+) -> set[fx.Node]:
+    """Numbers: sizes, dtypes and the like of any tensor, and arithmetic on them; compile-time work, never a kernel.
+
+    Left out is what is not the same wherever it is asked: numbers that are `written` to, as `n += 1` does, and sizes of
+    tensors that are `reshaped`.
+    """
     found: set[fx.Node] = set()
     for node in graph.nodes:
+        if node in written:
+            continue
         if node.op == "placeholder":
             is_scalar = isinstance(recorded_value(node), _NUMBERS)
-        elif is_arithmetic(node) or is_in_place_operator(node.target):
+        elif is_arithmetic(node):
             is_scalar = all(arg in found for arg in node.all_input_nodes)
         else:
-            is_scalar = is_measure(node)
+            is_scalar = is_measure(node) and not any(arg in reshaped for arg in node.all_input_nodes)
         if is_scalar:
             found.add(node)
     return found
@@ -109,18 +133,14 @@ def _depends_on_known(node: fx.Node, roles: dict[fx.Node, str | None], so_far: S
     if node.op == "placeholder":
         return roles[node] in ("layout", "constant")
     if node.op == "get_attr":
-        return not isinstance(attribute(node), torch.nn.Parameter)
+        value = attribute(node)
+        return not (isinstance(value, torch.Tensor) and (isinstance(value, torch.nn.Parameter) or value.requires_grad))
     if node.op == "output":
         return False
     if node in so_far.scalars and is_measure(node):
         source = node.all_input_nodes[0]
         return source.op == "placeholder" or source in so_far.known
     return all(arg in so_far.known for arg in node.all_input_nodes)
-
-
-def _why_not(node: fx.Node, autocast_depth: int) -> str | None:
-    reason = impurity(node)
-    return _IN_AUTOCAST if reason is None and autocast_depth else reason
 
 
 def is_prepare(node: fx.Node) -> bool:

@@ -15,6 +15,7 @@ from autodeploy import options
 from autodeploy.metadata.fields import catalogue
 from autodeploy.ops.registry import backends, kinds
 from autodeploy.ops.spec import Site
+from autodeploy.own_passes import own_passes
 
 _DISTRIBUTIONS = ("autodeploy-fx", "torch", "transformers", "triton", "flashinfer-python", "causal-conv1d", "gguf")
 # What one plain layer asks of each kind; enough for a backend to say whether it runs on this machine at all.
@@ -37,9 +38,7 @@ _PLAIN_LAYER: dict[str, dict[str, Any]] = {
 
 def pass_lines() -> list[str]:
     """The default passes in their order, each with the first line of its file."""
-    from passes import default
-
-    return _table([(step.name, _first_line(inspect.getmodule(type(step)))) for step in default()])
+    return _table([(step.name, _first_line(inspect.getmodule(type(step)))) for step in own_passes().default()])
 
 
 def field_lines() -> list[str]:

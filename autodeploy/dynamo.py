@@ -26,9 +26,12 @@ from torch._inductor import config as inductor_config
 from torch._inductor import custom_graph_pass
 
 from autodeploy import pipeline
+from autodeploy.aliasing import storages
+from autodeploy.equality import mark_constants
 from autodeploy.errors import AutodeployError, OptionError, PassError, UnknownName
 from autodeploy.graph import ROLE, placeholders
 from autodeploy.outline import inline
+from autodeploy.own_passes import own_passes
 from autodeploy.pipeline import Pass
 from autodeploy.report import Report
 
@@ -67,7 +70,7 @@ def autodeploy(
             f"{_HOOK} is taken by another pass, and torch {torch.__version__} has room for one",
             fix="unset it, or use torch 2.13",
         )
-    ours = _SharedMetadata(_compile_id(), _roles(gm, example_inputs), on_error == "inductor")
+    ours = _SharedMetadata(_compile_id(), _roles(gm, example_inputs), set(storages(gm)), on_error == "inductor")
     config[_HOOK] = [*theirs, ours] if theirs else ours
 
     from torch._inductor.compile_fx import compile_fx
@@ -91,11 +94,11 @@ def last_report() -> Report | None:
 class _SharedMetadata(_BASE):
     """Our passes, as one pass of Inductor's over the ATen graph of `graph_name` and the subgraphs in it.
 
-    `roles` are those of the Dynamo graph's inputs.
+    `roles` are those of the inputs of Dynamo's graph, `owned` the storages that it brings along, which are somebody's.
     """
 
-    def __init__(self, graph_name: str, roles: tuple[str, ...], keeps_going: bool) -> None:
-        self.graph_name, self.roles, self.keeps_going = graph_name, roles, keeps_going
+    def __init__(self, graph_name: str, roles: tuple[str, ...], owned: set[Any], keeps_going: bool) -> None:
+        self.graph_name, self.roles, self.owned, self.keeps_going = graph_name, roles, owned, keeps_going
         self.reports: list[Report] = []
 
     def __call__(self, graph: fx.Graph, is_inference: bool | None = None) -> None:
@@ -108,10 +111,13 @@ class _SharedMetadata(_BASE):
         original = copy.deepcopy(graph) if self.keeps_going else None
         try:
             self._give_roles(gm)
+            mark_constants(gm, self.owned)
             records = pipeline.run(gm, _passes())
             inline(gm)
-        except AutodeployError as error:
+        except Exception as error:  # also those that no pass raised: here is the last place to fall back
             failure = "\n".join([str(error), *getattr(error, "__notes__", ())])
+            if not isinstance(error, AutodeployError):
+                failure = f"{type(error).__name__}: {failure}"
             if original is None:
                 raise PassError(failure) from error
             gm.graph = original
@@ -121,7 +127,7 @@ class _SharedMetadata(_BASE):
             self.reports.append(Report.of(records, gm, graph=self.graph_name))
 
     def uuid(self) -> str | None:
-        return None if self.keeps_going else f"autodeploy {_source_hash()} {self.roles}"
+        return None if self.keeps_going else f"autodeploy {_source_hash()} {self.roles} {bool(self.owned)}"
 
     def _give_roles(self, gm: fx.GraphModule) -> None:
         for node in placeholders(gm):
@@ -151,9 +157,7 @@ def _is_training() -> bool:
 
 
 def _passes() -> list[Pass]:
-    from passes import ShareMetadata
-
-    return [ShareMetadata()]
+    return [own_passes().ShareMetadata()]
 
 
 def _roles(gm: fx.GraphModule, example_inputs: Sequence[Any]) -> tuple[str, ...]:
@@ -199,8 +203,6 @@ def _num_cache_hits() -> int:
 @cache
 def _source_hash() -> str:
     """Hash of the source of both packages: what code depends on, beside the graph and its inputs' roles."""
-    import passes
-
-    folders = [Path(__file__).parent, Path(passes.__path__[0])]
+    folders = [Path(__file__).parent, Path(own_passes().__path__[0])]
     files = [path for folder in folders for path in sorted(folder.rglob("*.py"))]
     return hashlib.sha256(b"".join(path.read_bytes() for path in files)).hexdigest()

@@ -44,7 +44,6 @@ _PURE_HIGHER_ORDER = frozenset(
         "map_impl",
         "out_dtype",
         "scan",
-        "triton_kernel_wrapper_functional",
         "while_loop",
         "wrap_with_autocast",
         "wrap_with_set_grad_enabled",
@@ -56,6 +55,33 @@ HOST_READS = frozenset(["item", "numpy", "tolist"])
 KEEPS_STATISTICS = frozenset(
     ["batch_norm", "cudnn_batch_norm", "instance_norm", "miopen_batch_norm", "native_batch_norm"]
 )
+# Python functions of torch that only call the op of their name; others may draw numbers or write beside it.
+_PLAIN_FUNCTIONS = frozenset(
+    [
+        "atleast_1d",
+        "atleast_2d",
+        "atleast_3d",
+        "block_diag",
+        "broadcast_tensors",
+        "cartesian_prod",
+        "einsum",
+        "embedding",
+        "log_softmax",
+        "meshgrid",
+        "norm",
+        "pad",
+        "relu",
+        "sigmoid",
+        "silu",
+        "softmax",
+        "split",
+        "tanh",
+        "tensordot",
+    ]
+)
+_OLD_METHODS = frozenset(["backward", "resize", "resize_as"])  # Python, and not the ops of their names
+# Unknown functions of no tensor that leave what other nodes compute as it is.
+_LOCAL = frozenset(["_set_grad_enabled", "lazy_load_decompositions", "_enter_inference_mode", "_exit_inference_mode"])
 _AUTOCAST = {"_enter_autocast": 1, "_exit_autocast": -1}
 
 
@@ -91,6 +117,13 @@ def autocast_change(op: str, target: Any) -> int:
     return _AUTOCAST.get(getattr(target, "__name__", ""), 0) if op == "call_function" else 0
 
 
+def changes_surroundings(node: fx.Node) -> bool:
+    """Whether `node` may change how later nodes compute: a default dtype, a mode, a seed."""
+    if node.op != "call_function" or node.all_input_nodes or autocast_change(node):
+        return False
+    return impurity(node) == UNKNOWN and getattr(node.target, "__name__", "") not in _LOCAL
+
+
 def is_asked_to_write(node: fx.Node) -> bool:
     """Whether a torch function is asked by an argument to write to its inputs: `inplace`, or `max_norm` of a table."""
     return any(
@@ -121,9 +154,11 @@ def _target_impurity(op: str, target: Any) -> tuple[str | None, bool]:
     if is_number_function(target):
         return None, False
     known = overloads(op, target)
-    if not known:
+    if not known or (op == "call_method" and target in _OLD_METHODS):
         return UNKNOWN, False
     reasons = [reason for overload in known if (reason := _overload_impurity(overload))]
+    if not reasons and inspect.isfunction(target) and target.__name__ not in _PLAIN_FUNCTIONS:
+        reasons = [UNKNOWN]
     return reasons[0] if reasons else None, any(_has_dynamic_size(overload) for overload in known)
 
 
@@ -161,8 +196,9 @@ def _higher_order_impurity(node: fx.Node) -> str | None:
         reason = _overload_impurity(wrapped)
         return None if reason == WRITES else reason  # auto_functionalized gives it copies to write to
     bodies = [attribute(arg) for arg in node.all_input_nodes if arg.op == "get_attr"]
-    reasons = (body_impurity(body) for body in bodies if isinstance(body, fx.GraphModule))
-    return next((reason for reason in reasons if reason), None)
+    bodies = [body for body in bodies if isinstance(body, fx.GraphModule)]
+    reasons = (body_impurity(body) for body in bodies)
+    return next((reason for reason in reasons if reason), None) if bodies else UNKNOWN
 
 
 def body_impurity(body: fx.GraphModule) -> str | None:

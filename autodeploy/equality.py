@@ -1,10 +1,13 @@
-"""When two pure nodes compute the same: keys that are equal exactly where the values must be."""
+"""When two pure nodes compute the same: keys that are equal exactly where the values must be.
+
+Tensors that belong to the model are equal only where they are the same tensor: their values may change, and another
+checkpoint has others. Bits decide for constants that tracing made, which are marked CONSTANT.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass
-from functools import cache
 from typing import Any, NamedTuple
 
 import torch
@@ -13,12 +16,26 @@ from torch._ops import OpOverload
 from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import _disable_current_modes
 
-from autodeploy.aliasing import returned
-from autodeploy.spelling import attribute, overloads, recorded_value
+from autodeploy.aliasing import returned, storages
+from autodeploy.graph import CONSTANT
+from autodeploy.spelling import attribute, per_target, recorded_value
 
 # Larger constants are the same only where they are the same tensor: comparing costs a copy to the host.
 _MAX_COMPARED_BYTES = 1 << 16
 _SYMBOLIC = (torch.SymInt, torch.SymFloat, torch.SymBool)
+_TENSORS = (torch.Tensor, torch.nn.Parameter)
+# Literals that are equal where `==` says so, once their type is the same. Everything else is equal to itself alone.
+_PLAIN = frozenset(
+    [bool, int, str, bytes, type(None), type(...), torch.dtype, torch.device, torch.layout, torch.memory_format]
+)
+
+
+def mark_constants(gm: fx.GraphModule, owned: Collection[Any]) -> None:
+    """Mark the tensors of `gm` that tracing made: all but those in the storages `owned` of who was traced."""
+    for node in gm.graph.find_nodes(op="get_attr"):
+        value = attribute(node)
+        if isinstance(value, torch.Tensor) and not any(storage in owned for storage in storages(value)):
+            node.meta[CONSTANT] = True
 
 
 def merge_equal(graph: fx.Graph, candidates: Iterable[fx.Node]) -> set[fx.Node]:
@@ -69,21 +86,17 @@ def merge_equal_numbers(scalars: Iterable[fx.Node]) -> int:
 def value_key(node: fx.Node) -> Any:
     """What makes two pure nodes compute the same: hashable, types of literals included (1, 1.0 and True differ).
 
-    Arguments count alike by position, by name and by default; constants count by their bits.
+    To ATen, arguments count alike by position, by name and by default, and lists are as good as tuples.
     """
     if node.op == "get_attr":
-        return ("get_attr", _constant_key(attribute(node)))
-    special = _SPECIAL.get(node.target)
-    if special is not None and (key := special(node)) is not None:
-        return key
-    signature = _signature(node.op, node.target)
-    args, kwargs = node.args, node.kwargs
-    if signature is None or len(args) > len(signature.names) or not kwargs.keys() <= signature.known:
-        return (node.op, node.target, _freeze(args), _freeze(kwargs), _brackets(node))
-    given = [_freeze(arg) for arg in args]
-    rest = signature.names[len(args) :]
-    given += [_freeze(kwargs[name]) if name in kwargs else default for name, default in rest]
-    return (node.op, node.target, *given)
+        return ("get_attr", _attribute_key(node))
+    if not isinstance(node.target, OpOverload):
+        brackets = pytree.tree_structure((node.args, [node.kwargs[name] for name in sorted(node.kwargs)]))
+        return (node.op, _freeze(node.target), _freeze(node.args), _freeze(node.kwargs), brackets)
+    signature = _signature(node)
+    given = [_freeze(arg) for arg in node.args]
+    rest = signature[len(given) :]
+    return (node.target, *given, *(_freeze(node.kwargs[name]) if name in node.kwargs else old for name, old in rest))
 
 
 def _freeze(value: Any) -> Any:
@@ -92,68 +105,83 @@ def _freeze(value: Any) -> Any:
         return value
     if kind is float:
         return (float, value.hex())
+    if kind is complex:
+        return (complex, value.real.hex(), value.imag.hex())
     if isinstance(value, dict):
         return (dict, *((name, _freeze(value[name])) for name in sorted(value)))
     if isinstance(value, (list, tuple)):
         return tuple([_freeze(item) for item in value])
-    if isinstance(value, slice):
+    if kind is slice:
         return (slice, _freeze((value.start, value.stop, value.step)))
-    return (kind, value)
+    return (kind, value) if kind in _PLAIN or kind is _Place else (kind, _Itself(value))
 
 
-def _brackets(node: fx.Node) -> Any:
-    """Which arguments are lists: to ATen they are as good as tuples, to an index in Python they are not."""
-    if isinstance(node.target, OpOverload):
-        return None
-    return pytree.tree_structure((node.args, [node.kwargs[name] for name in sorted(node.kwargs)]))
+class _Itself:
+    """Equal to the wrapper of the same object alone; keeps the object, and so its id, alive."""
+
+    def __init__(self, value: Any) -> None:
+        self.value = value
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, _Itself) and self.value is other.value
+
+    def __hash__(self) -> int:
+        return id(self.value)
 
 
-class _Signature(NamedTuple):
-    """(name, frozen default) of each argument in order."""
-
-    names: Sequence[tuple[str, Any]]
-    known: frozenset[str]
+class _Argument(NamedTuple):
+    name: str
+    default: Any
 
 
-@cache
-def _signature(op: str, target: Any) -> _Signature | None:
-    """The arguments that all overloads which `target` may stand for agree on, or None."""
-    schemas = [overload._schema.arguments for overload in overloads(op, target)]
-    if not schemas:
-        return None
-    by_overload = {tuple((arg.name, _freeze(_default(arg))) for arg in schema) for schema in schemas}
-    if len(by_overload) > 1:
-        return None
-    names = by_overload.pop()
-    return _Signature(names, frozenset(name for name, _ in names))
+@per_target
+def _signature(op: str, target: OpOverload) -> Sequence[_Argument]:
+    """The arguments of `target` in order, with their frozen defaults."""
+    arguments = target._schema.arguments
+    return [_Argument(arg.name, _freeze(arg.default_value if arg.has_default_value() else None)) for arg in arguments]
 
 
-def _default(argument: torch.Argument) -> Any:
-    return argument.default_value if argument.has_default_value() else None
-
-
-def _constant_key(value: Any) -> Any:
-    """Tensors by their bits, graphs by their nodes, everything else by identity."""
+def _attribute_key(node: fx.Node) -> Any:
+    """Constants of tracing by their bits, tensors by their memory, graphs by their nodes, the rest by identity."""
+    value = attribute(node)
     if isinstance(value, fx.GraphModule):
         return _graph_key(value)
-    if type(value) is not torch.Tensor or value.is_sparse or value.is_quantized or value.is_conj() or value.is_neg():
-        return (type(value), id(value))
-    form = (value.dtype, value.device, tuple(value.shape), value.stride())
-    if value.numel() * value.element_size() > _MAX_COMPARED_BYTES:
-        return (*form, value.data_ptr())
+    if not _has_bits(value):
+        return _Itself(value)
+    is_small = value.numel() * value.element_size() <= _MAX_COMPARED_BYTES
+    return _bits(value) if CONSTANT in node.meta and is_small else _memory(value)
+
+
+def _memory(value: torch.Tensor) -> Any:
+    return (value.untyped_storage()._cdata, value.storage_offset(), value.dtype, tuple(value.shape), value.stride())
+
+
+def _bits(value: torch.Tensor) -> Any:
     with _disable_current_modes(), torch.no_grad():
-        return (*form, value.cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
+        bits = value.cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes()
+    return (value.dtype, value.device, tuple(value.shape), value.stride(), bits)
+
+
+def _has_bits(value: Any) -> bool:
+    """Whether the memory of `value` says all about it: no sparse, quantized, meta or lazily conjugated tensor does."""
+    if type(value) not in _TENSORS or value.layout is not torch.strided or value.is_quantized or value.is_meta:
+        return False
+    return not value.is_conj() and not value.is_neg()
 
 
 def _graph_key(gm: fx.GraphModule) -> Any:
-    """The graph with nodes named by their places."""
+    """The graph with nodes named by their places, and submodules that it calls by identity."""
     places: dict[fx.Node, Any] = {}
     keys = []
     for index, node in enumerate(gm.graph.nodes):
-        target = None if node.op == "placeholder" else node.target
-        value = _constant_key(attribute(node)) if node.op == "get_attr" else target
+        value = None if node.op == "placeholder" else _freeze(node.target)
+        if node.op == "get_attr":
+            value = _attribute_key(node)
+        elif node.op == "call_module":
+            value = _Itself(gm.get_submodule(str(node.target)))
         arguments: Any = fx.map_arg((node.args, node.kwargs), places.__getitem__)
-        keys.append((node.op, value, _freeze(arguments)))
+        brackets = pytree.tree_structure((arguments, sorted(node.kwargs)))
+        keys.append((node.op, value, _freeze(arguments), brackets))
         places[node] = _Place(index)
     return tuple(keys)
 
@@ -163,55 +191,3 @@ class _Place:
     """A reference to a node within its graph."""
 
     index: int
-
-
-def _range_key(node: fx.Node) -> Any:
-    """arange, however its start, step, dtype and device are given."""
-    value = recorded_value(node)
-    if not isinstance(value, torch.Tensor) or not 1 <= len(node.args) <= 3:
-        return None
-    start, end, step = (0, *node.args, 1) if len(node.args) == 1 else (*node.args, 1)[:3]
-    return ("arange", _freeze(start), _freeze(end), _freeze(step), value.dtype, value.device)
-
-
-def _fill_key(node: fx.Node) -> Any:
-    """full, zeros and ones of the same size, value, dtype and device."""
-    value = recorded_value(node)
-    plain = {"dtype", "device", "pin_memory", "layout"}
-    if not isinstance(value, torch.Tensor) or value.layout is not torch.strided or not node.kwargs.keys() <= plain:
-        return None
-    name = node.target.overloadpacket.__name__  # type: ignore[union-attr]
-    if len(node.args) != (2 if name == "full" else 1) or node.kwargs.get("pin_memory"):
-        return None
-    fill = node.args[1] if name == "full" else int(name == "ones")
-    if isinstance(fill, (bool, int)) and value.dtype.is_floating_point:
-        fill = float(fill)
-    elif isinstance(fill, (bool, int)):
-        fill = bool(fill) if value.dtype is torch.bool else int(fill)
-    return ("full", _freeze(node.args[0]), _freeze(fill), value.dtype, value.device)
-
-
-def _cast_key(node: fx.Node) -> Any:
-    """A tensor in a dtype, on a device, whichever op casts it."""
-    value, source = recorded_value(node), node.args[0]
-    if not isinstance(value, torch.Tensor) or not isinstance(source, fx.Node):
-        return None
-    if node.kwargs.get("memory_format") is not None or node.kwargs.get("layout") is not None:
-        return None
-    if node.target is torch.ops.aten.to.dtype and len(node.args) > 4:
-        return None
-    return ("cast", source, value.dtype, value.device)
-
-
-_aten = torch.ops.aten
-_SPECIAL: dict[Any, Callable[[fx.Node], Any]] = {
-    _aten.arange.default: _range_key,
-    _aten.arange.start: _range_key,
-    _aten.arange.start_step: _range_key,
-    _aten.full.default: _fill_key,
-    _aten.zeros.default: _fill_key,
-    _aten.ones.default: _fill_key,
-    _aten.to.dtype: _cast_key,
-    _aten._to_copy.default: _cast_key,
-    torch.ops.prims.convert_element_type.default: _cast_key,
-}

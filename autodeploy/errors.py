@@ -13,6 +13,9 @@ if TYPE_CHECKING:
     from torch import fx
 
 
+_MOST_LISTED = 60  # names in one message
+
+
 class AutodeployError(Exception):
     """Base of all errors raised on purpose by this package.
 
@@ -46,9 +49,10 @@ class UnknownName(AutodeployError):
 
     def __init__(self, kind: str, name: str, known: Iterable[str]) -> None:
         known = sorted(known)
-        close = difflib.get_close_matches(name, known, n=1)
-        fix = f"did you mean {close[0]!r}? " if close else ""
-        super().__init__(f"unknown {kind} {name!r}", fix=f"{fix}known: {', '.join(known) or '(none)'}")
+        close = difflib.get_close_matches(name, known, n=3)
+        hint = f"did you mean {' or '.join(map(repr, close))}? " if close else ""
+        listed = f"known: {', '.join(known) or '(none)'}" if len(known) <= _MOST_LISTED else f"{len(known)} are known"
+        super().__init__(f"unknown {kind} {name!r}", fix=hint + listed)
 
 
 class OptionError(AutodeployError):
@@ -65,6 +69,10 @@ class RequestTooLong(AutodeployError):
 
 class CaptureError(AutodeployError):
     """A step that cannot be captured as a CUDA graph."""
+
+
+class NameTaken(AutodeployError):
+    """A module of somebody else's has a name that this package needs."""
 
 
 class ModelNotFound(AutodeployError):

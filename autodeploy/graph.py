@@ -12,6 +12,7 @@ from torch.fx.proxy import GraphAppendingTracer, Proxy
 
 PREPARE = "prepare_metadata"
 ROLE = "autodeploy_role"  # meta of placeholders: "layout", "constant", "tokens", "cache" or "weight"
+CONSTANT = "autodeploy_constant"  # meta of get_attr nodes: tracing made this tensor, it is nobody's to change
 SITE = "autodeploy_site"  # meta of cached attention nodes: the Site they came from
 NEAR_MISS = "autodeploy_near_miss"  # meta of a node that a pass left alone: why
 LOOKED_AT = "autodeploy_looked_at"  # meta of a graph: names of the tensors whose values decided what it became

@@ -7,9 +7,11 @@ from collections.abc import Iterable
 from typing import Any
 
 from torch import fx
+from torch.fx.graph_module import _assign_attr, _has_attr
 
 from autodeploy.dependence import Split, input_roles, is_prepare
 from autodeploy.graph import PREPARE, ROLE, get_attribute, placeholders
+from autodeploy.spelling import attribute
 
 
 def outline(gm: fx.GraphModule, parts: Split) -> None:
@@ -19,7 +21,7 @@ def outline(gm: fx.GraphModule, parts: Split) -> None:
     An attribute or a size that activations read too is read on both sides.
     """
     available = set(placeholders(gm)) | _hoist_scalars(gm, parts)
-    region = _in_order(gm, _connected(parts, available))
+    region = needed(gm, parts, available)
     results = _results(region, parts)
     moved = _in_order(gm, _ancestors(results, available))
     if results:
@@ -40,7 +42,7 @@ def inline(gm: fx.GraphModule) -> None:
         with gm.graph.inserting_before(call):
             for node in inner.nodes:
                 if node.op == "get_attr":
-                    copies[node] = gm.graph.get_attr(f"{PREPARE}.{node.target}")
+                    copies[node] = gm.graph.get_attr(_at_home(gm, str(node.target), attribute(node)))
                     copies[node].meta.update(node.meta)
                 elif node.op not in ("placeholder", "output"):
                     copies[node] = gm.graph.node_copy(node, lambda arg, copies=copies: copies[arg])
@@ -49,6 +51,17 @@ def inline(gm: fx.GraphModule) -> None:
             user.replace_all_uses_with(results[user.args[1]])
             gm.graph.erase_node(user)
         gm.graph.erase_node(call)
+
+
+def _at_home(gm: fx.GraphModule, name: str, value: Any) -> str:
+    """The name by which `gm` itself has `value`, which prepare_metadata calls `name`; put there where it is missing."""
+    path, number = name, 0
+    while _has_attr(gm, path) and get_attribute(gm, path) is not value:
+        number += 1
+        path = f"{name}_{number}"  # somebody gave the name to another value since
+    if not _has_attr(gm, path):
+        _assign_attr(value, gm, path)
+    return path
 
 
 def hoist_scalars(gm: fx.GraphModule, scalars: Iterable[fx.Node]) -> set[fx.Node]:
@@ -75,19 +88,9 @@ def _hoist_scalars(gm: fx.GraphModule, parts: Split) -> set[fx.Node]:
     return hoist_scalars(gm, [node for node in gm.graph.nodes if node in parts.scalars and node in parts.known])
 
 
-def _connected(parts: Split, available: set[fx.Node]) -> set[fx.Node]:
-    """The metadata, what it reads of constants, and what else is made of those: a constant is computed on one side."""
-    found: set[fx.Node] = set()
-    waiting = list(parts.metadata)
-    while waiting:
-        node = waiting.pop()
-        if node in found or node in available:
-            continue
-        found.add(node)
-        waiting += node.all_input_nodes
-        if node.op != "get_attr" and node not in parts.scalars:
-            waiting += [user for user in node.users if user in parts.known]
-    return found
+def needed(gm: fx.GraphModule, parts: Split, available: set[fx.Node] | None = None) -> list[fx.Node]:
+    """The metadata and the constants and numbers it is made of, but for what is `available`, the inputs by default."""
+    return _in_order(gm, _ancestors(parts.metadata, available or set(placeholders(gm))))
 
 
 def _ancestors(nodes: Iterable[fx.Node], available: set[fx.Node]) -> set[fx.Node]:
@@ -134,9 +137,7 @@ def _submodule(
     for node in region:
         copies[node] = graph.node_copy(node, lambda arg: copies[arg])
         if node.op == "get_attr":
-            name = str(node.target).removeprefix(f"{PREPARE}.")  # it was inside before
-            root[name] = get_attribute(gm, str(node.target))
-            copies[node].target = name
+            root[str(node.target)] = attribute(node)
     graph.output(tuple(copies[node] for node in results))
     return fx.GraphModule(root, graph, class_name="PrepareMetadata")
 

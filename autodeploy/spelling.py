@@ -25,6 +25,40 @@ _MEASURES = frozenset(
 _MEASURES |= {"size", "stride", "storage_offset"}
 _ATTRIBUTES = frozenset(["device", "dtype", "is_cuda", "layout", "ndim", "shape"])
 VIEW_ATTRIBUTES = frozenset(["H", "T", "data", "imag", "mH", "mT", "real"])
+_OPERATORS = frozenset(
+    [
+        "abs",
+        "add",
+        "and_",
+        "concat",
+        "contains",
+        "eq",
+        "floordiv",
+        "ge",
+        "getitem",
+        "gt",
+        "index",
+        "inv",
+        "invert",
+        "le",
+        "lshift",
+        "lt",
+        "matmul",
+        "mod",
+        "mul",
+        "ne",
+        "neg",
+        "not_",
+        "or_",
+        "pos",
+        "pow",
+        "rshift",
+        "sub",
+        "truediv",
+        "truth",
+        "xor",
+    ]
+)
 _IN_PLACE_OPERATORS = frozenset(
     [
         "delitem",
@@ -79,13 +113,17 @@ def per_target(fact: Callable[[str, Any], Fact]) -> Callable[[fx.Node], Fact]:
 
 
 def is_python_operator(target: Any) -> bool:
-    """Whether `target` is a function of the module `operator`."""
-    return getattr(target, "__module__", None) == "_operator"
+    """Whether `target` computes a value as an operator of Python does; `is` asks for identity and is none."""
+    return _operator_name(target) in _OPERATORS
 
 
 def is_in_place_operator(target: Any) -> bool:
     """Whether `target` is a Python operator that writes to its first argument where that is a tensor."""
-    return is_python_operator(target) and target.__name__ in _IN_PLACE_OPERATORS
+    return _operator_name(target) in _IN_PLACE_OPERATORS
+
+
+def _operator_name(target: Any) -> str:
+    return target.__name__ if getattr(target, "__module__", None) == "_operator" else ""
 
 
 def is_number_function(target: Any) -> bool:
@@ -97,7 +135,7 @@ def is_number_function(target: Any) -> bool:
 @per_target
 def is_arithmetic(op: str, target: Any) -> bool:
     """Whether a node makes numbers of numbers: operators, `math`, torch's symbolic functions."""
-    if op != "call_function" or is_in_place_operator(target):
+    if op != "call_function":
         return False
     return is_python_operator(target) or is_number_function(target)
 
@@ -131,7 +169,7 @@ def overloads(op: str, target: Any) -> tuple[OpOverload, ...]:
         packet = getattr(torch.ops.aten, str(target), None)
     elif packet is None and getattr(target, "__module__", None) in _MODULES:
         packet = getattr(torch.ops.aten, getattr(target, "__name__", ""), None)
-    found = [getattr(packet, name) for name in packet.overloads()] if packet is not None else []
+    found = [getattr(packet, name) for name in packet.overloads()] if isinstance(packet, OpOverloadPacket) else []
     return tuple(overload for overload in found if not any(arg.is_out for arg in overload._schema.arguments))
 
 

@@ -22,7 +22,7 @@ from autodeploy.effects import HOST, UNBACKED
 from autodeploy.equality import merge_equal, merge_equal_numbers
 from autodeploy.graph import near_miss, prepare_nodes
 from autodeploy.memory import TOO_LARGE, too_large_to_hoist
-from autodeploy.outline import hoist_scalars, inline, outline
+from autodeploy.outline import hoist_scalars, inline, needed, outline
 from autodeploy.spelling import spelled
 
 
@@ -63,7 +63,7 @@ def _collect(gm: fx.GraphModule, parts: Split) -> Split:
 
 def _keep_large(gm: fx.GraphModule, parts: Split) -> Split:
     """Leave where it is, merged, what would raise peak memory at the front; returns what is left to move."""
-    too_large = too_large_to_hoist(gm.graph, parts.metadata)
+    too_large = too_large_to_hoist(gm.graph, needed(gm, parts))
     for node in too_large:
         node.meta[KEPT] = TOO_LARGE
     return split(gm) if too_large else parts

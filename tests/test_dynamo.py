@@ -268,13 +268,39 @@ def test_falling_back_is_asked_for_and_aloud(monkeypatch: pytest.MonkeyPatch) ->
 
 def test_falling_back_is_not_cached() -> None:
     # Else the next process would have code without the pass, and no warning.
-    assert dynamo._SharedMetadata("0/0", (), keeps_going=True).uuid() is None
+    assert dynamo._SharedMetadata("0/0", (), set(), keeps_going=True).uuid() is None
+
+
+@dataclass(frozen=True)
+class Broken:
+    """What looks like a pass and has no name."""
+
+    def apply(self, gm: fx.GraphModule) -> int:
+        return 0
+
+
+def test_errors_of_no_pass_are_fallen_back_from(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(dynamo, "_passes", lambda: [Broken()])
+    with pytest.raises(BackendCompilerFailed, match="PassError: AttributeError"):
+        torch.compile(torch.cos, backend="autodeploy")(inputs())
+    torch._dynamo.reset()
+    with pytest.warns(UserWarning, match="compiled by Inductor alone: AttributeError"):
+        torch.compile(torch.cos, backend="autodeploy", options={"on_error": "inductor"})(inputs())
+
+
+def test_a_script_s_own_passes_are_not_mistaken_for_ours(tmp_path: Path) -> None:
+    (tmp_path / "passes.py").write_text("raise SystemExit('ran')")
+    script = "import torch; torch.compile(torch.cos, backend='autodeploy')(torch.ones(3))"
+    command = [sys.executable, "-c", script]
+    result = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)
+    assert "another module named 'passes' hides the passes of autodeploy" in result.stderr
+    assert str(tmp_path / "passes.py") in result.stderr
 
 
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"on_eror": "raise"}, "unknown option 'on_eror'\n  fix:   did you mean 'on_error'\\? known: .*on_error.*"),
+        ({"on_eror": "raise"}, "unknown option 'on_eror'\n  fix:   did you mean 'on_error'.*\\? [0-9]+ are known"),
         ({"on_error": "ignore"}, "on_error='ignore'\n  fix:   use one of raise, inductor"),
         ({"max_autotune": "yes"}, "Unexpected type of attr max_autotune"),
     ],

@@ -13,7 +13,18 @@ from torch import fx
 from torch.nn import functional as F
 
 from autodeploy.aliasing import aliased, mutated, returned, writes
-from autodeploy.effects import EFFECTS, HOST, RANDOM, UNBACKED, UNKNOWN, WRITES, impurity, is_needed
+from autodeploy.effects import (
+    EFFECTS,
+    HOST,
+    RANDOM,
+    UNBACKED,
+    UNKNOWN,
+    WRITES,
+    changes_surroundings,
+    impurity,
+    is_needed,
+)
+from autodeploy.graph import ROLE
 
 aten = torch.ops.aten
 Make = Callable[[fx.Graph, fx.Node], fx.Node]
@@ -67,6 +78,10 @@ IMPURE: dict[str, tuple[Make, str]] = {
     "a foreign function of an op's name": (function(lambda x: x), UNKNOWN),
     "printing": (function(print), UNKNOWN),
     "a gradient": (function(getattr, "grad"), UNKNOWN),
+    "identity": (function(operator.is_, None), UNKNOWN),
+    "a call of anything": (function(operator.call), UNKNOWN),
+    "a function that does more than its op": (function(F.fractional_max_pool2d, 2, output_size=1), UNKNOWN),
+    "a method of an op's name that is none": (method("resize", 4), UNKNOWN),
 }
 
 
@@ -98,6 +113,9 @@ VIEWS: dict[str, Make] = {
     "an attribute": function(getattr, "T"),
     "an op whose schema says nothing": function(aten.type_as.default, 0),
     "an unknown function": function(print),
+    "a list twice over": function(operator.mul, 2),
+    "a list and a list": lambda graph, x: graph.call_function(operator.add, (x, x)),
+    "an array of its memory": method("numpy"),
 }
 
 
@@ -110,7 +128,7 @@ def test_views_share_storage(name: str) -> None:
     assert mutated(node.graph) >= {x, node}
 
 
-@pytest.mark.parametrize("make", [function(aten.add.Tensor, 1), function(operator.mul, 2), method("clone")])
+@pytest.mark.parametrize("make", [function(aten.add.Tensor, 1), function(operator.mul, 2.0), method("clone")])
 def test_new_values_share_nothing(make: Make) -> None:
     _, node = one(make)
     assert aliased(node) == []
@@ -165,9 +183,28 @@ def test_names_of_one_storage() -> None:
 class Foreign(torch.nn.Module):
     """Nobody knows what it does."""
 
+    def __init__(self) -> None:
+        super().__init__()
+        self.state = torch.nn.Buffer(torch.zeros(2))
+
+
+def hooked(leaf: torch.nn.Module) -> torch.nn.Module:
+    leaf.register_forward_pre_hook(lambda module, args: args[0].zero_())
+    return leaf
+
 
 @pytest.mark.parametrize(
-    ("leaf", "is_written"), [(torch.nn.Tanh(), False), (torch.nn.ReLU(inplace=True), True), (Foreign(), True)]
+    ("leaf", "is_written"),
+    [
+        (torch.nn.Tanh(), False),
+        (torch.nn.ReLU(inplace=True), True),
+        (Foreign(), True),
+        (torch.nn.Sequential(torch.nn.Tanh()), False),
+        (torch.nn.Sequential(torch.nn.Sequential(torch.nn.ReLU(inplace=True))), True),
+        (torch.nn.Sequential(Foreign()), True),
+        (hooked(torch.nn.Tanh()), True),
+        (torch.nn.Sequential(hooked(torch.nn.Tanh())), True),
+    ],
 )
 def test_modules(leaf: torch.nn.Module, is_written: bool) -> None:
     root = torch.nn.Module()
@@ -179,4 +216,74 @@ def test_modules(leaf: torch.nn.Module, is_written: bool) -> None:
     inputs = gm.graph.find_nodes(op="placeholder")
     assert mutated(gm.graph).issuperset(inputs) == is_written
     assert is_needed(gm.graph.find_nodes(op="call_module")[0])
-    assert x.op == "placeholder"
+
+
+@pytest.mark.parametrize("leaf", [torch.nn.BatchNorm1d(2), torch.nn.Sequential(torch.nn.BatchNorm1d(2)), Foreign()])
+def test_a_module_writes_to_its_tensors_under_any_name(leaf: torch.nn.Module) -> None:
+    root = torch.nn.Module()
+    root.leaf, root.alias = leaf, next(leaf.buffers())
+    root.other = torch.nn.Buffer(torch.zeros(2))
+    graph = fx.Graph()
+    x = graph.placeholder("x")
+    x.meta[ROLE] = "tokens"
+    graph.call_module("leaf", (x,))
+    graph.output([graph.create_node("get_attr", name) for name in ("alias", "other")])
+    gm = fx.GraphModule(root, graph)
+    alias, other = gm.graph.find_nodes(op="get_attr")
+    assert alias in mutated(gm.graph)
+    assert other not in mutated(gm.graph)
+
+
+def test_what_a_module_returns_may_be_its_own() -> None:
+    """Each call of it may give the same buffer, which is then written to."""
+    root = torch.nn.Module()
+    root.leaf = Foreign()
+    root.alias = root.leaf.state
+    graph = fx.Graph()
+    graph.placeholder("x")
+    first, second = graph.call_module("leaf"), graph.call_module("leaf")
+    graph.output((graph.call_method("add_", (first, 1)), second, graph.create_node("get_attr", "alias")))
+    gm = fx.GraphModule(root, graph)
+    assert mutated(gm.graph) >= {*gm.graph.find_nodes(op="call_module"), *gm.graph.find_nodes(op="get_attr")}
+
+
+def inputs(*values: torch.Tensor | None) -> list[fx.Node]:
+    """Inputs of a graph, with what a tracer has recorded of them."""
+    graph = fx.Graph()
+    nodes = [graph.placeholder(f"x{index}") for index in range(len(values))]
+    for node, value in zip(nodes, values, strict=True):
+        node.meta |= {} if value is None else {"val": value}
+    return nodes
+
+
+def test_inputs_may_be_one_another() -> None:
+    ints, floats = torch.zeros(2, dtype=torch.int64), torch.zeros(2)
+    written, same, unknown, other = inputs(ints, ints, None, floats)
+    written.graph.output(written.graph.call_method("add_", (written, 1)))
+    assert mutated(written.graph) >= {written, same, unknown}
+    assert other not in mutated(written.graph)
+    same.meta[ROLE] = "layout"
+    assert same not in mutated(written.graph)
+
+
+@pytest.mark.parametrize("target", [aten.set_.source_Tensor, aten.set_data.default])
+def test_what_is_made_to_share_storage_does(target: Callable[..., Any]) -> None:
+    x, y = inputs(torch.zeros(2), torch.zeros(2))
+    for node in (x, y):
+        node.meta[ROLE] = "tokens"
+    x.graph.call_function(target, (x, y))
+    x.graph.output(())
+    assert mutated(x.graph) >= {x, y}
+
+
+@pytest.mark.parametrize(
+    ("target", "changes"),
+    [
+        (torch.set_default_dtype, True),
+        (torch.manual_seed, True),
+        (torch._C._set_grad_enabled, False),
+        (torch.ones, False),
+    ],
+)
+def test_what_changes_how_others_compute(target: Callable[..., Any], changes: bool) -> None:
+    assert changes_surroundings(fx.Graph().call_function(target, (1,))) == changes

@@ -9,12 +9,13 @@ import pytest
 import torch
 from torch import Tensor, fx
 from torch.export import Dim
+from torch.nn import functional as F
 
-from autodeploy.equality import merge_equal, merge_equal_numbers
+from autodeploy.aliasing import storages
+from autodeploy.equality import mark_constants, merge_equal, merge_equal_numbers, value_key
 from autodeploy.spelling import recorded_value
 
 aten = torch.ops.aten
-CPU = torch.device("cpu")
 
 
 class Body(torch.nn.Module):
@@ -30,8 +31,10 @@ def exported(function: Callable[..., Any]) -> fx.GraphModule:
     """`function` of x [n, m] and y [m], both symbolic, as ATen with shapes."""
     inputs = (torch.zeros(3, 5), torch.zeros(5))
     shapes = {"x": {0: Dim.DYNAMIC, 1: Dim.DYNAMIC}, "y": {0: Dim.DYNAMIC}}
-    gm = torch.export.export(Body(function), inputs, dynamic_shapes=shapes, strict=False).module(check_guards=False)
+    body = Body(function)
+    gm = torch.export.export(body, inputs, dynamic_shapes=shapes, strict=False).module(check_guards=False)
     assert isinstance(gm, fx.GraphModule)
+    mark_constants(gm, set(storages(body)))
     return gm
 
 
@@ -47,8 +50,6 @@ def num_merged(gm: fx.GraphModule) -> int:
 EQUAL: dict[str, Callable[[Tensor, Tensor], Any]] = {
     "by position and by name": lambda x, y: aten.add.Tensor(x, 1) * aten.add.Tensor(x, other=1),
     "by default": lambda x, y: aten.add.Tensor(x, 1) * aten.add.Tensor(x, 1, alpha=1),
-    "ranges": lambda x, y: torch.arange(5) * torch.arange(0, 5) * torch.arange(0, 5, 1, dtype=torch.int64, device=CPU),
-    "fills": lambda x, y: torch.zeros(5) * torch.full((5,), 0.0) * torch.full((5,), 0, dtype=torch.float32),
     "sizes of two tensors": lambda x, y: torch.arange(x.shape[1]) * torch.arange(y.shape[0]) * (x[0] + y),
     "sizes of a result": lambda x, y: torch.arange(x.sin().shape[0]) * torch.arange(x.shape[0]) + x.sum(),
     "lists": lambda x, y: x.max(dim=1).values * x.max(dim=1).values,
@@ -91,17 +92,81 @@ def test_different(name: str) -> None:
     assert max(map(kept.count, ops - {"aten.mul.Tensor"}), default=1) >= 2 or len(ops) > 2
 
 
-def test_torch_functions_and_methods() -> None:
+def test_other_spellings_are_compared_as_they_stand() -> None:
+    """`F.embedding(ids, table)` is not `aten.embedding(table, ids)`: only a schema says which argument is which."""
     graph = fx.Graph()
-    x = graph.placeholder("x")
+    x, y, z = (graph.placeholder(name) for name in "xyz")
     nodes = [
-        graph.call_function(torch.clamp, (x, 0)),
-        graph.call_function(torch.clamp, (x,), {"min": 0}),
+        graph.call_function(F.embedding, (x,), {"weight": y}),
+        graph.call_function(F.embedding, (x,), {"weight": z}),
+        graph.call_function(F.embedding, (x,), {"weight": y}),
         graph.call_method("clamp", (x, 0)),
-        graph.call_method("clamp", (x,), {"min": 0, "max": None}),
+        graph.call_method("clamp", (x, 0)),
+        graph.call_method("clamp", (x, False)),
     ]
     graph.output(graph.call_function(torch.cat, (nodes,)))
-    assert merge_equal(graph, nodes) == {nodes[1], nodes[3]}
+    assert merge_equal(graph, nodes) == {nodes[2], nodes[4]}
+
+
+LITERALS = [0, 1, True, False, 0.0, -0.0, 1.0, 0j, complex(0.0, -0.0), complex(-0.0, 0.0), 1 + 0j, None, "1", b"1"]
+LITERALS += [..., slice(0, 1), slice(0, 1.0), [0], [0, 0], [], {"a": 0}, torch.int32, torch.int64, torch.strided]
+
+
+@pytest.mark.parametrize("target", [aten.add.Tensor, torch.add])
+def test_no_two_literals_are_equal(target: Callable[..., Any]) -> None:
+    graph = fx.Graph()
+    x = graph.placeholder("x")
+    keys = [value_key(graph.call_function(target, (x, literal))) for literal in LITERALS]
+    assert len(set(keys)) == len(LITERALS)
+    assert keys == [value_key(graph.call_function(target, (x, literal))) for literal in LITERALS]
+
+
+def named(**tensors: Tensor) -> list[fx.Node]:
+    """get_attr nodes of these tensors, one for each name."""
+    root = torch.nn.Module()
+    for name, tensor in tensors.items():
+        setattr(root, name, tensor)
+    graph = fx.Graph()
+    graph.output(graph.call_function(torch.cat, ([graph.create_node("get_attr", name) for name in tensors],)))
+    return fx.GraphModule(root, graph).graph.find_nodes(op="get_attr")
+
+
+ZEROS = torch.zeros(4, 4)
+NOT_THE_SAME: dict[str, tuple[Tensor, Tensor]] = {
+    "buffers of equal bits": (torch.nn.Buffer(torch.zeros(3)), torch.nn.Buffer(torch.zeros(3))),
+    "tensors of no memory": (torch.empty(3, device="meta"), torch.empty(3, device="meta")),
+    "views from other places": (ZEROS[0], ZEROS[1]),
+    "views of other strides": (ZEROS, ZEROS.t()),
+    "views of other dtypes": (ZEROS, ZEROS.view(torch.int32)),
+    "sparse tensors": (ZEROS.to_sparse(), ZEROS.to_sparse()),
+    "lazily conjugated": ((ZEROS + 0j).conj(), (ZEROS + 0j).conj()),
+}
+
+
+@pytest.mark.parametrize("case", NOT_THE_SAME)
+def test_tensors_of_the_model_are_equal_only_if_they_are_the_same(case: str) -> None:
+    one, other = NOT_THE_SAME[case]
+    nodes = named(one=one, other=other, again=one)
+    assert merge_equal(nodes[0].graph, nodes) == {nodes[2]}
+
+
+def test_submodules_that_branches_call_are_told_apart() -> None:
+    """Two graphs that call `leaf`, each its own."""
+
+    def branch(leaf: torch.nn.Module) -> fx.GraphModule:
+        root = torch.nn.Module()
+        root.leaf = leaf
+        graph = fx.Graph()
+        graph.output(graph.call_module("leaf", (graph.placeholder("x"),)))
+        return fx.GraphModule(root, graph)
+
+    leaf = torch.nn.Tanh()
+    root = torch.nn.ModuleDict({"one": branch(leaf), "same": branch(leaf), "other": branch(torch.nn.Sigmoid())})
+    graph = fx.Graph()
+    graph.output([graph.create_node("get_attr", name) for name in root])
+    gm = fx.GraphModule(root, graph)
+    one, same, other = map(value_key, gm.graph.find_nodes(op="get_attr"))
+    assert one == same != other
 
 
 def test_two_values_that_a_caller_gets_stay_two() -> None:

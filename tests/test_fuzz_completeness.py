@@ -17,7 +17,7 @@ from fx_fuzz_root import make_root, ops
 from torch import Tensor, fx
 
 from autodeploy import pipeline
-from autodeploy.graph import PREPARE, ROLE, prepare_nodes
+from autodeploy.graph import CONSTANT, PREPARE, ROLE, prepare_nodes
 from passes import ShareMetadata
 
 aten, hop = torch.ops.aten, torch.ops.higher_order
@@ -48,7 +48,13 @@ def _cond(graph: fx.Graph, value: fx.Node, body: str) -> fx.Node:
 
 
 def _plus_attribute(name: str) -> Spelling:
-    return lambda g, v, n: g.call_function(aten.atan2.default, (v, g.get_attr(name)))
+    return lambda g, v, n: g.call_function(aten.atan2.default, (v, _constant(g, name)))
+
+
+def _constant(graph: fx.Graph, name: str) -> fx.Node:
+    node = graph.get_attr(name)
+    node.meta[CONSTANT] = True
+    return node
 
 
 OPS = (

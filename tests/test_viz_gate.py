@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import functools
 import json
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -109,6 +112,38 @@ def test_files_that_are_no_graphs_exit_2(
     for name in ("other.json", "missing.json", "missing.pt2"):
         assert main(["diff", files[0], str(tmp_path / name)]) == 2
         assert name in capsys.readouterr().err
+
+
+def _places(data: Any, path: tuple[Any, ...] = ()) -> Iterator[tuple[Any, ...]]:
+    """Where the values in JSON data are, but for literals of the graph, which may be anything."""
+    yield path
+    for key, item in data.items() if isinstance(data, dict) else enumerate(data) if isinstance(data, list) else ():
+        if key != "arguments":
+            yield from _places(item, (*path, key))
+
+
+def test_every_damage_exits_2(files: list[str], tmp_path: Path) -> None:
+    """Each value of a saved graph and of a saved trace in turn is one of another sort."""
+    with Recorder() as recorder:
+        recorder.before(ShareMetadata(), layers(1, attention_layer))
+    Snapshot.of(layers(1, attention_layer)).save(tmp_path / "snapshot.json")
+    recorder.trace().save(tmp_path / "trace.json")
+    tried = 0
+    for name in ("snapshot.json", "trace.json"):
+        whole = json.loads((tmp_path / name).read_text())
+        for *path, last in list(_places(whole))[1:]:
+            damaged = json.loads((tmp_path / name).read_text())
+            holder = functools.reduce(lambda data, key: data[key], path, damaged)
+            if last in _NOT_READ:
+                continue
+            holder[last] = [[None]] if not isinstance(holder[last], list) else 3
+            (tmp_path / "damaged.json").write_text(json.dumps(damaged))
+            assert main(["diff", files[0], str(tmp_path / "damaged.json")]) == 2, (*path, last)
+            tried += 1
+    assert tried > 100
+
+
+_NOT_READ = ("title", "matches", "seconds", "error")  # shown as they are
 
 
 @pytest.mark.filterwarnings("ignore")  # torch.export warns of its own parts

@@ -18,6 +18,8 @@ from torch.fx.graph import CodeGen
 from torch.utils import _pytree as pytree
 from torch.utils._sympy.numbers import int_oo
 
+from autodeploy.aliasing import storages
+from autodeploy.equality import mark_constants
 from autodeploy.errors import AutodeployError, NoAttentionFound, TraceError, UnsupportedFeature, node_location
 from autodeploy.ops.registry import kind_of
 
@@ -95,7 +97,9 @@ def _plain(program: ExportedProgram, model: nn.Module) -> fx.GraphModule:
     output.args = (_logits(output, program, model),)
     graph.set_codegen(CodeGen())
     graph.eliminate_dead_code()
-    return fx.GraphModule(exported, graph)
+    gm = fx.GraphModule(exported, graph)
+    mark_constants(gm, set(storages(model)))
+    return gm
 
 
 def _logits(output: fx.Node, program: ExportedProgram, model: nn.Module) -> fx.Node:

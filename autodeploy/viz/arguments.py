@@ -114,12 +114,12 @@ def argument_from_json(data: Any) -> Argument:
     if not isinstance(data, dict):
         return data
     ((kind, content),) = data.items()
-    if kind == "node":
+    if kind == "node" and type(content) is int:
         return Ref(content)
-    if kind == "text":
+    if kind == "text" and isinstance(content, str):
         return Text(content)
     if kind == "float":
         return float(content)
     if kind == "table":
         return Table(tuple((key, argument_from_json(item)) for key, item in content))
-    raise ValueError(f"an argument of kind {kind!r}")
+    raise ValueError(f"an argument of kind {kind!r}: {content!r:.60}")

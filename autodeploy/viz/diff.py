@@ -20,7 +20,7 @@ from autodeploy.viz.infer import infer_fates
 from autodeploy.viz.links import Links
 from autodeploy.viz.match import match
 from autodeploy.viz.pause import collector_paused
-from autodeploy.viz.snapshot import Snapshot, check_schema
+from autodeploy.viz.snapshot import Snapshot, checked
 from autodeploy.viz.story import Story, tell
 
 if TYPE_CHECKING:
@@ -126,9 +126,9 @@ class GraphDiff:
     @staticmethod
     def from_json(data: dict[str, Any]) -> GraphDiff:
         """What `to_json` wrote. Raises OptionError for anything else."""
-        check_schema(data, SCHEMA)
-        before, after = Snapshot.from_json(data["before"]), Snapshot.from_json(data["after"])
-        return GraphDiff(before, after, tuple(map(_entry_from_json, data["entries"])))
+        with checked(data, SCHEMA):
+            before, after = Snapshot.from_json(data["before"]), Snapshot.from_json(data["after"])
+            return GraphDiff(before, after, tuple(map(_entry_from_json, data["entries"])))
 
     def to_networkx(self) -> networkx.MultiDiGraph:
         """Both graphs in one: see `autodeploy.viz.union`."""

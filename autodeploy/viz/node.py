@@ -63,6 +63,9 @@ class Node:
 
 
 _PLAIN = ("graph", "module", "module_type", "source", "role", "free")
+_TYPES: dict[str, type] = {"id": int, "arguments": list, "values": list, "free": bool}
+_TYPES |= dict.fromkeys(("name", "op", "target", "graph", "module", "module_type", "source", "role"), str)
+_VALUE_TYPES: dict[str, type] = {"dtype": str, "shape": list, "device": str, "text": str}
 
 
 def node_to_json(node: Node) -> dict[str, Any]:
@@ -76,16 +79,33 @@ def node_to_json(node: Node) -> dict[str, Any]:
 
 
 def node_from_json(data: dict[str, Any]) -> Node:
-    """What `node_to_json` wrote."""
+    """What `node_to_json` wrote. Raises KeyError, TypeError or ValueError for anything else."""
+    check_types(data, _TYPES, required=("id", "name", "op", "target"))
     return Node(
         id=data["id"],
         name=data["name"],
         op=data["op"],
         target=data["target"],
-        arguments=tuple((name, argument_from_json(item)) for name, item in data.get("arguments", ())),
+        arguments=tuple((_text(name), argument_from_json(item)) for name, item in data.get("arguments", ())),
         values=tuple(map(_value_from_json, data.get("values", ()))),
         **{key: data[key] for key in _PLAIN if key in data},
     )
+
+
+def check_types(data: dict[str, Any], types: dict[str, type], required: tuple[str, ...]) -> None:
+    """Raise KeyError where `data` lacks something, TypeError where a value is not of its type, or has none."""
+    for key in required:
+        if key not in data:
+            raise KeyError(key)
+    for key, value in data.items():
+        if type(value) is not types.get(key):
+            raise TypeError(f"{key} is {value!r:.60}")
+
+
+def _text(value: Any) -> str:
+    if not isinstance(value, str):
+        raise TypeError(f"a name is {value!r:.60}")
+    return value
 
 
 def _value_to_json(value: Value) -> dict[str, Any]:
@@ -96,5 +116,8 @@ def _value_to_json(value: Value) -> dict[str, Any]:
 
 
 def _value_from_json(data: dict[str, Any]) -> Value:
+    check_types(data, _VALUE_TYPES, required=("dtype",))
     shape = tuple(data["shape"]) if "shape" in data else None
+    if shape and not all(type(size) in (int, str) for size in shape):
+        raise TypeError(f"a shape is {shape!r:.60}")
     return Value(data["dtype"], shape, data.get("device", ""), data.get("text", ""))

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import count
@@ -98,12 +99,26 @@ class Snapshot:
     @staticmethod
     def from_json(data: dict[str, Any]) -> Snapshot:
         """What `to_json` wrote. Raises OptionError for anything else."""
-        check_schema(data, SCHEMA)
-        return Snapshot(tuple(map(node_from_json, data["nodes"])), data["title"])
+        with checked(data, SCHEMA):
+            return Snapshot(distinct(map(node_from_json, data["nodes"])), str(data["title"]))
 
 
-def check_schema(data: Any, schema: str) -> None:
-    """Raise OptionError unless `data` says that it is of this schema."""
+def distinct(nodes: Iterable[Node]) -> tuple[Node, ...]:
+    """`nodes`, each with an id of its own. Raises ValueError where two have the same."""
+    listed = tuple(nodes)
+    if len({node.id for node in listed}) < len(listed):
+        raise ValueError("two nodes of one id")
+    return listed
+
+
+@contextmanager
+def checked(data: Any, schema: str) -> Iterator[None]:
+    """Raise OptionError unless `data` says that it is of this schema, and where reading it fails."""
     found = data.get("schema") if isinstance(data, dict) else None
     if found != schema:
         raise OptionError(f"expected data of schema {schema!r}, got {found!r}", fix="write it with this version again")
+    try:
+        yield
+    except (AttributeError, IndexError, KeyError, TypeError, ValueError) as error:
+        reason = f"{type(error).__name__}: {error}"
+        raise OptionError(f"damaged data of schema {schema!r} ({reason})", fix="write it again") from error

@@ -11,8 +11,8 @@ from typing import Any
 
 from autodeploy.viz.diff import GraphDiff
 from autodeploy.viz.links import Links
-from autodeploy.viz.node import Node, node_from_json, node_to_json
-from autodeploy.viz.snapshot import Snapshot, check_schema
+from autodeploy.viz.node import Node, check_types, node_from_json, node_to_json
+from autodeploy.viz.snapshot import Snapshot, checked, distinct
 from autodeploy.viz.story import Story
 
 SCHEMA = "autodeploy.trace/1"
@@ -119,9 +119,14 @@ class Trace:
     @staticmethod
     def from_json(data: dict[str, Any]) -> Trace:
         """What `to_json` wrote. Raises OptionError for anything else."""
-        check_schema(data, SCHEMA)
-        pool = [node_from_json(node) for node in data["nodes"]]
-        return Trace(tuple(_stage_from_json(stage, pool) for stage in data["stages"]))
+        with checked(data, SCHEMA):
+            if not data["stages"]:
+                raise ValueError("no stages")
+            pool = dict(enumerate(node_from_json(node) for node in data["nodes"]))
+            return Trace(tuple(_stage_from_json(stage, pool) for stage in data["stages"]))
+
+
+_TYPES: dict[str, type] = {"name": str, "options": str, "nodes": list, "into": list, "origins": list}
 
 
 def _is_duplicate(before: Snapshot, old: int, new: int) -> bool:
@@ -145,14 +150,15 @@ def _stage_to_json(stage: Stage, pool: dict[str, int]) -> dict[str, Any]:
     }
 
 
-def _stage_from_json(data: dict[str, Any], pool: list[Node]) -> Stage:
+def _stage_from_json(data: dict[str, Any], pool: dict[int, Node]) -> Stage:
+    check_types({key: data[key] for key in _TYPES}, _TYPES, required=())
     return Stage(
         data["name"],
-        Snapshot(tuple(pool[index] for index in data["nodes"]), data["name"]),
+        Snapshot(distinct(pool[index] for index in data["nodes"]), data["name"]),
         data["options"],
         data["matches"],
         data["seconds"],
         data["error"],
-        {old: tuple(new) for old, new in data["into"]},
-        {new: tuple(old) for new, old in data["origins"]},
+        {int(old): tuple(map(int, new)) for old, new in data["into"]},
+        {int(new): tuple(map(int, old)) for new, old in data["origins"]},
     )
