@@ -59,6 +59,7 @@ PURE: dict[str, Make] = {
     "a shape": function(getattr, "shape"),
     "a view": function(getattr, "mT"),
     "not in place": function(F.relu, inplace=False),
+    "no norm": function(F.embedding, 0, max_norm=None),
 }
 IMPURE: dict[str, tuple[Make, str]] = {
     "a random overload": (function(aten.bernoulli.default), RANDOM),
@@ -71,6 +72,8 @@ IMPURE: dict[str, tuple[Make, str]] = {
     "out": (lambda graph, x: graph.call_function(torch.neg, (x,), {"out": x}), WRITES),
     "in place by name": (function(F.relu, inplace=True), WRITES),
     "in place by position": (function(F.relu, True), WRITES),
+    "in place by a value": (lambda graph, x: graph.call_function(F.relu, (x,), {"inplace": x}), WRITES),
+    "a norm of zero": (function(F.embedding, 0, max_norm=0), WRITES),
     "statistics": (function(aten.batch_norm.default), WRITES),
     "a check": (function(aten._assert_async.default), EFFECTS),
     "an item": (method("item"), HOST),
