@@ -119,7 +119,7 @@ def autocast_change(op: str, target: Any) -> int:
 
 def changes_surroundings(node: fx.Node) -> bool:
     """Whether `node` may change how later nodes compute: a default dtype, a mode, a seed."""
-    if node.op != "call_function" or node.all_input_nodes or autocast_change(node):
+    if node._input_nodes or node.op != "call_function" or autocast_change(node):
         return False
     return impurity(node) == UNKNOWN and getattr(node.target, "__name__", "") not in _LOCAL
 

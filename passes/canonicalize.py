@@ -163,7 +163,11 @@ def _is_copy(node: fx.Node) -> bool:
 def _why_not_copy(gm: fx.GraphModule, node: fx.Node) -> str | None:
     if node in returned(gm.graph):
         return "is returned to a caller who may write to it"
-    return "is a copy of which one side is written to" if {node, *node.all_input_nodes} & mutated(gm.graph) else None
+    return (
+        "is a copy of which one side is written to"
+        if {node, *node.all_input_nodes} & mutated(gm.graph).values
+        else None
+    )
 
 
 def _forward_input(gm: fx.GraphModule, node: fx.Node) -> None:
