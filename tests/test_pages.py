@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 from autodeploy.errors import OptionError
@@ -30,7 +30,7 @@ def check_ownership(tables: BlockTables, held: dict[int, tuple[int, int]]) -> No
 @settings(deadline=None)
 @given(
     st.integers(1, 5),
-    st.lists(st.sampled_from([None, 1, 4, 7]), min_size=1, max_size=3),
+    st.lists(st.sampled_from([None, 1, 4, 7]), max_size=3),
     st.lists(st.tuples(st.sampled_from(["acquire", "extend", "commit", "release"]), st.integers(0, 99)), max_size=60),
     st.data(),
 )
@@ -44,10 +44,10 @@ def test_no_page_is_owned_twice_and_none_leaks(page_size: int, windows: list, mo
             held[tables.acquire()] = (0, 0)
         elif move == "extend" and row is not None:
             computed, covered = held[row]
-            wanted = min(covered + number % 9, MAX_PAGES * page_size)
+            wanted = number % (MAX_PAGES * page_size + 1)
             possible = wanted <= max(covered, tables.capacity(row))
             assert tables.extend(row, wanted) == possible
-            held[row] = (computed, wanted if possible else covered)
+            held[row] = (computed, max(covered, wanted) if possible else covered)
         elif move == "commit" and row is not None:
             held[row] = (held[row][1], held[row][1])
             tables.drop_unread(row, held[row][0])
@@ -55,6 +55,34 @@ def test_no_page_is_owned_twice_and_none_leaks(page_size: int, windows: list, mo
             tables.release(row)
             del held[row]
         check_ownership(tables, held)
+
+
+@given(
+    st.integers(1, 3),
+    st.lists(st.sampled_from([None, 1, 4]), max_size=3),
+    st.lists(st.integers(1, 6), min_size=1, max_size=MAX_NUM_SEQS),
+    st.integers(7, 25),
+)
+def test_decode_steps_change_what_they_say_or_nothing(
+    page_size: int, windows: list, lengths: list[int], num_pages: int
+) -> None:
+    tables = BlockTables(LayoutSpec(page_size, tuple(windows)), [num_pages] * len(windows), MAX_NUM_SEQS, 12)
+    rows, computed = np.array([tables.acquire() for _ in lengths]), np.array(lengths)
+    for row, length in zip(rows.tolist(), lengths, strict=True):
+        assume(tables.extend(row, length))
+        tables.drop_unread(row, length)
+    for _ in range(6):
+        expected, num_full = tables.tables.copy(), np.count_nonzero(tables.ends[rows] * page_size == computed)
+        is_lacking = any(len(pool.free) < num_full for pool in tables.pools)
+        changes = tables.extend_each(rows, computed)
+        assert (changes is None) == is_lacking
+        if changes is not None:
+            computed = computed + 1
+            changes += tables.drop_each(rows, computed)
+        for change in changes or []:
+            expected[change.groups, rows[change.sequences], change.entries] = change.pages
+        assert np.array_equal(tables.tables, expected)
+        check_ownership(tables, {row: (count, count) for row, count in zip(rows.tolist(), computed, strict=True)})
 
 
 @given(st.integers(1, 5), st.integers(1, 12), st.integers(1, 30))
@@ -79,6 +107,20 @@ def test_extend_takes_nothing_where_one_group_lacks_pages() -> None:
     assert tables.extend(row, 8)
 
 
-def test_a_group_without_pages_is_refused() -> None:
-    with pytest.raises(OptionError, match=r"num_pages is \(1,\) for 1 KV groups"):
-        BlockTables(LayoutSpec(4, (None,)), [1], 2, 8)
+def test_the_lowest_pages_go_first_and_in_order() -> None:
+    tables = BlockTables(LayoutSpec(4, (None,)), [9], 2, 8)
+    tables.extend(tables.acquire(), 12)
+    assert tables.tables[0, 0].tolist() == [1, 2, 3, 0, 0, 0, 0, 0]
+
+
+def test_without_groups_there_are_no_pages_to_lack() -> None:
+    tables = BlockTables(LayoutSpec(1, ()), [], 5, 2)
+    rows = np.array([tables.acquire() for _ in range(5)])
+    assert all(tables.extend(row, 2) for row in rows)
+    assert tables.extend_each(rows, np.full(5, 2)) is not None
+
+
+@pytest.mark.parametrize("num_pages", [[1], [9, 9], []])
+def test_a_group_without_pages_is_refused(num_pages: list[int]) -> None:
+    with pytest.raises(OptionError, match=r"num_pages is \(.*\) for 1 KV groups"):
+        BlockTables(LayoutSpec(4, (None,)), num_pages, 2, 8)

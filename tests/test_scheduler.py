@@ -74,9 +74,12 @@ def test_every_request_ends_with_its_exact_token_count(
         if step == 2:
             for request in cancelled - set(late):
                 scheduler.finish(request, "cancelled")
+        ended = {request for request in requests if request.status is Status.FINISHED}
         oldest = next(iter([*scheduler.running, *scheduler.waiting]), None)
         batch = run_step(scheduler) if oldest else []
         assert oldest is None or oldest in dict(batch), "the oldest request did not move"
+        assert ended.isdisjoint(dict(batch)), "a request that has ended runs on"
+        assert all(count > 0 for _, count in batch)
         assert sum(count for _, count in batch) <= scheduler.max_num_tokens
         assert all(r.num_tokens - r.num_computed == 1 for r in scheduler.running[:-1]), "two prompts are half computed"
         assert [count for _, count in batch] == sorted((c for _, c in batch), key=lambda count: count > 1)

@@ -6,6 +6,7 @@ engine and is changed only where something changed. Row r of the tables belongs 
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -124,8 +125,7 @@ class BlockTables:
 
     def _num_free(self) -> int:
         """How many pages every group has; without groups there are no pages to lack."""
-        _, num_rows, max_pages = self.tables.shape
-        return min([len(pool.free) for pool in self.pools], default=num_rows * max_pages)
+        return min([len(pool.free) for pool in self.pools], default=sys.maxsize)
 
     def extend(self, row: int, num_tokens: int) -> bool:
         """Give the row pages for positions up to `num_tokens`, in every group or, where one lacks them, in none."""
@@ -142,8 +142,7 @@ class BlockTables:
     def drop_unread(self, row: int, context_len: int) -> None:
         """Free the pages that no token from position `context_len` on will read: those behind a sliding window."""
         for group, pool in enumerate(self.pools):
-            if self.spec.windows[group] is not None:
-                pool.drop_before(row, self.spec.first_read_page(group, context_len))
+            pool.drop_before(row, self.spec.first_read_page(group, context_len))
 
     def extend_each(self, rows: np.ndarray, context_lens: np.ndarray) -> list[Change] | None:
         """A page for those of `rows` [n] that have none for their next token, that at position `context_lens` [n].
@@ -158,7 +157,7 @@ class BlockTables:
             return None
         rows, ends = rows[full], ends[full]
         self.ends[rows] = ends + 1
-        pages = np.array([pool.take(full.size) for pool in self.pools], dtype=np.int32).reshape(-1, full.size)
+        pages = np.array([pool.take(full.size) for pool in self.pools]).reshape(-1, full.size)
         self.tables[self._groups, rows, ends] = pages
         return [Change(full, self._groups, ends, pages)]
 

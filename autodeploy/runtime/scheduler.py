@@ -9,9 +9,6 @@ so every request ends.
 
 Where all that runs decodes and nothing new can start, the next step has the requests of the last one, in the same
 order; such a step is scheduled with a few array operations and without a look at any request.
-
-Where a step has raised, nobody knows for which request. So each of the batch runs alone until it has its token or
-raises by itself: every request gets on or ends, and nobody waits for one that cannot.
 """
 
 from __future__ import annotations
@@ -67,7 +64,12 @@ class Batch:
     @cached_property
     def limits(self) -> np.ndarray:
         """[k] The number of tokens at which each sampled request ends."""
-        return np.array([len(request.tokens) for request in self.sampled], dtype=np.int64)
+        return np.array([len(request.tokens) for request in self.sampled])
+
+    @cached_property
+    def heeds_eos(self) -> np.ndarray:
+        """[k] Whether an end-of-sequence token ends each sampled request."""
+        return np.array([not request.params.ignore_eos for request in self.sampled], dtype=bool)
 
     @cached_property
     def drawing(self) -> list[int]:
@@ -100,7 +102,6 @@ class Scheduler:
         self.running: list[Request] = []
         self.num_preemptions = 0
         self._decoding: Batch | None = None
-        self._alone: list[Request] = []
 
     def check_length(self, prompt_len: int, max_tokens: int) -> None:
         """Raise RequestTooLong for a request that could not end even if it ran alone."""
@@ -127,8 +128,6 @@ class Scheduler:
 
         Gives rows and pages away, but counts no token as computed: `commit` does, once the step has returned.
         """
-        if self._alone:
-            return self._schedule_alone(self._alone[-1])
         batch = self._decoding
         if batch is None or self._may_start(batch.num_tokens):
             return self._schedule_each()
@@ -142,8 +141,6 @@ class Scheduler:
         """Count a step's tokens as computed and free the pages that fell behind a window."""
         batch.context_lens += batch.query_lens
         self.sequences.num_computed[batch.rows] = batch.context_lens
-        if self._alone and len(batch.sampled):
-            self._alone.pop()
         if batch.is_decode:
             batch.longest += 1
             batch.changes += self.tables.drop_each(batch.rows, batch.context_lens)
@@ -169,22 +166,12 @@ class Scheduler:
             self._release(request)
         else:
             self.waiting.remove(request)
-        if request in self._alone:
-            self._alone.remove(request)
         request.status, request.finish_reason = Status.FINISHED, reason
 
     def put_back(self) -> None:
         """Preempt everything that runs: after a failed step nobody knows what the caches hold."""
         while self.running:
             self._preempt(self.running[-1])
-
-    def run_alone(self, requests: Iterable[Request]) -> None:
-        """Preempt everything, and give each of these a token in a step of its own before any other step.
-
-        The youngest first: each then waits in front of those behind it, as before.
-        """
-        self.put_back()
-        self._alone = list(requests)
 
     def _may_start(self, num_scheduled: int) -> bool:
         """Whether a waiting request would start beside `num_scheduled` tokens."""
@@ -200,29 +187,13 @@ class Scheduler:
                 self._grow(request, counts)
         while self._may_start(sum(counts.values())):
             request = self.waiting.popleft()
-            self._start(request)
+            self.sequences.enter(request, self.tables.acquire())
+            request.status = Status.RUNNING
+            self.running.append(request)
             self._grow(request, counts)
         assert counts, "the oldest request can always run"
         ordered = sorted(counts.items(), key=lambda item: item[1] > 1)
         return Batch.of([request for request, _ in ordered], [count for _, count in ordered], self.sequences)
-
-    def _schedule_alone(self, request: Request) -> Batch:
-        """A step of `request` with nothing else in the pools."""
-        if request.status is Status.WAITING:
-            self.put_back()
-            self.waiting.remove(request)
-            self._start(request)
-        counts: dict[Request, int] = {}
-        self._grow(request, counts)
-        return Batch.of([request], [counts[request]], self.sequences)
-
-    def _start(self, request: Request) -> None:
-        self.sequences.enter(request, self.tables.acquire())
-        request.status = Status.RUNNING
-        self.running.append(request)
-
-    def _budget(self, counts: dict[Request, int]) -> int:
-        return self.max_num_tokens - sum(counts.values())
 
     def _grow(self, request: Request, counts: dict[Request, int]) -> None:
         """Schedule as many tokens of `request` as budget and pages allow, at the cost of younger requests if none.
@@ -232,8 +203,8 @@ class Scheduler:
         wanted = _num_left(request)
         # A decode is within the budget by construction, and summing it up for each would cost their square.
         if wanted > 1:
-            wanted = min(wanted, self._budget(counts))
-        while wanted > 0 and not self.tables.extend(request.row, request.num_computed + wanted):
+            wanted = min(wanted, self.max_num_tokens - sum(counts.values()))
+        while not self.tables.extend(request.row, request.num_computed + wanted):
             room = self.tables.capacity(request.row) - request.num_computed
             youngest = self.running[-1]
             if room > 0:
@@ -243,8 +214,7 @@ class Scheduler:
             else:
                 assert youngest not in counts, "older requests are scheduled first"
                 self._preempt(youngest)
-        if wanted > 0:
-            counts[request] = wanted
+        counts[request] = wanted
 
     def _preempt(self, request: Request) -> None:
         """Take everything from the youngest running request; its tokens so far are computed anew later."""
