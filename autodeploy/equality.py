@@ -158,7 +158,9 @@ def _memory(value: torch.Tensor) -> Any:
 
 def _bits(value: torch.Tensor) -> Any:
     with _disable_current_modes(), torch.no_grad():
-        bits = value.cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes()
+        # Not `contiguous`, which leaves a single element its stride.
+        copy = value.cpu().clone(memory_format=torch.contiguous_format)
+        bits = copy.reshape(-1).view(torch.uint8).numpy().tobytes()
     return (value.dtype, value.device, tuple(value.shape), value.stride(), bits)
 
 

@@ -150,6 +150,16 @@ def test_tensors_of_the_model_are_equal_only_if_they_are_the_same(case: str) -> 
     assert merge_equal(nodes[0].graph, nodes) == {nodes[2]}
 
 
+@pytest.mark.parametrize("value", [torch.tensor(1.5), torch.zeros(0), torch.full((2, 2), 3)[0:1].diagonal(0)])
+def test_constants_of_tracing_are_equal_by_their_bits(value: Tensor) -> None:
+    same = torch.empty_strided(value.shape, value.stride(), dtype=value.dtype).copy_(value)
+    nodes = named(one=value, same=same, other=value.to(torch.complex64))
+    gm = nodes[0].graph.owning_module
+    assert gm is not None
+    mark_constants(gm, set())
+    assert merge_equal(nodes[0].graph, nodes) == {nodes[1]}
+
+
 def test_submodules_that_branches_call_are_told_apart() -> None:
     """Two graphs that call `leaf`, each its own."""
 
