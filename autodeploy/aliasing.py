@@ -67,23 +67,29 @@ _SHARING = frozenset(["set", "set_", "set_data"])
 _RESHAPING = _SHARING | {"_resize_output_", "resize_as_sparse_", "sparse_resize_", "sparse_resize_and_clear_"}
 
 
-def mutated(graph: fx.Graph) -> set[fx.Node]:
-    """Nodes that some node may write to, with everything that may share their storage (views up and down)."""
-    return _written(graph, _may_write)
+class Writes(NamedTuple):
+    """What is written to in a graph: nodes whose values may change, and those whose sizes or strides may."""
+
+    values: set[fx.Node]
+    sizes: set[fx.Node]
 
 
-def reshaped(graph: fx.Graph) -> set[fx.Node]:
-    """Those of `mutated` whose sizes or strides may change, too: by `t_`, `resize_`, `out=`, or what is not known."""
-    return _written(graph, lambda node: _may_write(node) and ("out" in node.kwargs or _may_reshape(node)))
+def mutated(graph: fx.Graph) -> Writes:
+    """Nodes that some node may write to, with everything that may share their storage (views up and down).
 
-
-def _written(graph: fx.Graph, is_writer: Callable[[fx.Node], bool]) -> set[fx.Node]:
-    written = [arg for node in graph.nodes if is_writer(node) for arg in writes(node)]
-    if not written:
-        return set()
+    Sizes are written by `t_`, `resize_`, `out=`, and by what is not known.
+    """
+    writers = [node for node in graph.nodes if _may_write(node)]
+    if not writers:
+        return Writes(set(), set())
     holders = _holders(graph)
-    found = sharing(written, holders)
-    return sharing(found | _perhaps_the_same(graph, found), holders)
+    of_sizes = [node for node in writers if "out" in node.kwargs or _may_reshape(node)]
+    return Writes(_written(graph, writers, holders), _written(graph, of_sizes, holders))
+
+
+def _written(graph: fx.Graph, writers: Iterable[fx.Node], holders: _Holders) -> set[fx.Node]:
+    found = sharing((arg for node in writers for arg in writes(node)), holders)
+    return sharing(found | _perhaps_the_same(graph, found), holders) if found else found
 
 
 def sharing(nodes: Iterable[fx.Node], holders: _Holders | None = None) -> set[fx.Node]:

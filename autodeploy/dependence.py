@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import operator
-from collections.abc import Collection
 from dataclasses import dataclass
 
 import torch
 from torch import fx
 
-from autodeploy.aliasing import mutated, reshaped
+from autodeploy.aliasing import Writes, mutated
 from autodeploy.effects import RANDOM, autocast_change, changes_surroundings, impurity
 from autodeploy.graph import PREPARE, ROLE, get_attribute, prepare_nodes
 from autodeploy.spelling import attribute, is_arithmetic, is_measure, recorded_value
@@ -45,15 +44,15 @@ class Split:
 def split(gm: fx.GraphModule) -> Split:
     """Split `gm` by dependence alone, in one sweep."""
     roles = input_roles(gm.graph)
-    written, unsteady = mutated(gm.graph), reshaped(gm.graph)
-    scalars = find_scalars(gm.graph, written, unsteady)
+    written = mutated(gm.graph)
+    scalars = find_scalars(gm.graph, written)
     result = Split(set(), scalars, [], {})
     reads: set[fx.Node] = set()
     of_layout = _outputs_of_layout(gm)
     autocast_depth, is_changed = 0, False
     for node in gm.graph.nodes:
         autocast_depth += autocast_change(node)
-        is_changed = is_changed or changes_surroundings(node)
+        is_changed = is_changed or (node.op == "call_function" and changes_surroundings(node))
         if not _depends_on_known(node, roles, result):
             continue
         is_source = node.op == "placeholder" or is_prepare(node) or is_unpacking(node)
@@ -61,7 +60,7 @@ def split(gm: fx.GraphModule) -> Split:
         if is_unpacking(node):
             depends = node.args[1] in of_layout
         is_layout = roles.get(node) == "layout"
-        reason = _SHARES_WRITTEN_STORAGE if node in written else None
+        reason = _SHARES_WRITTEN_STORAGE if node in written.values else None
         if not is_source and node not in scalars:
             surroundings = _SURROUNDINGS if is_changed else _IN_AUTOCAST if autocast_depth else None
             reason = node.meta.get(KEPT) or impurity(node) or surroundings or reason
@@ -106,24 +105,23 @@ def _role_of_value(node: fx.Node, has_roles: bool) -> str | None:
     return None if value.dtype.is_floating_point or value.dtype.is_complex else "layout"
 
 
-def find_scalars(
-    graph: fx.Graph, written: Collection[fx.Node] = (), reshaped: Collection[fx.Node] = ()
-) -> set[fx.Node]:
+def find_scalars(graph: fx.Graph, written: Writes | None = None) -> set[fx.Node]:
     """Numbers: sizes, dtypes and the like of any tensor, and arithmetic on them; compile-time work, never a kernel.
 
-    Left out is what is not the same wherever it is asked: numbers that are `written` to, as `n += 1` does, and sizes of
-    tensors that are `reshaped`.
+    Left out is what is not the same wherever it is asked: numbers that are written to, as `n += 1` does, and sizes that
+    are.
     """
+    values, sizes = written or mutated(graph)
     found: set[fx.Node] = set()
     for node in graph.nodes:
-        if node in written:
+        if node in values:
             continue
         if node.op == "placeholder":
             is_scalar = isinstance(recorded_value(node), _NUMBERS)
         elif is_arithmetic(node):
             is_scalar = all(arg in found for arg in node.all_input_nodes)
         else:
-            is_scalar = is_measure(node) and not any(arg in reshaped for arg in node.all_input_nodes)
+            is_scalar = is_measure(node) and not any(arg in sizes for arg in node.all_input_nodes)
         if is_scalar:
             found.add(node)
     return found

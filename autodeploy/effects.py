@@ -119,17 +119,19 @@ def autocast_change(op: str, target: Any) -> int:
 
 def changes_surroundings(node: fx.Node) -> bool:
     """Whether `node` may change how later nodes compute: a default dtype, a mode, a seed."""
-    if node.op != "call_function" or node.all_input_nodes or autocast_change(node):
+    if node._input_nodes or node.op != "call_function" or autocast_change(node):
         return False
     return impurity(node) == UNKNOWN and getattr(node.target, "__name__", "") not in _LOCAL
 
 
 def is_asked_to_write(node: fx.Node) -> bool:
     """Whether a torch function is asked by an argument to write to its inputs: `inplace`, or `max_norm` of a table."""
-    return any(
-        (node.args[position] if position < len(node.args) else node.kwargs.get(name)) not in (None, False)
-        for position, name in _writing_parameters(node)
-    )
+    for position, name in _writing_parameters(node):
+        value = node.args[position] if position < len(node.args) else node.kwargs.get(name)
+        # A norm of 0 writes zeros; only a flag may be falsy to say no.
+        if value is not None and (name == "max_norm" or value):
+            return True
+    return False
 
 
 @per_target

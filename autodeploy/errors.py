@@ -67,6 +67,10 @@ class RequestTooLong(AutodeployError):
     """A request that can never run: longer than the model's context or than the whole page pool."""
 
 
+class RequestFailed(AutodeployError):
+    """A request that ended by itself: its logits are no numbers, or its step or its tokenizer raised."""
+
+
 class CaptureError(AutodeployError):
     """A step that cannot be captured as a CUDA graph."""
 

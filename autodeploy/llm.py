@@ -3,28 +3,32 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
-from contextlib import closing
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, fields
+from pathlib import Path
+from threading import Lock
 from typing import Any, NamedTuple
 
-import psutil
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
 from autodeploy import options
+from autodeploy.arguments import flag, integer
 from autodeploy.backend import Result, apply, resolve_passes
-from autodeploy.errors import OptionError
+from autodeploy.errors import OptionError, UnsupportedFeature
 from autodeploy.lowering import Lowered, lower
 from autodeploy.metadata.layout import LayoutSpec
-from autodeploy.models import load_model, print_progress, resolve_model
+from autodeploy.models import check_tokenizer, find_model, print_progress
 from autodeploy.ops.spec import CacheSpec
 from autodeploy.pipeline import Pass
 from autodeploy.report import Report, align
-from autodeploy.runtime.caches import default_num_pages
-from autodeploy.runtime.engine import Engine, EngineStats
-from autodeploy.runtime.requests import Request, RequestOutput, SamplingParams, Status
+from autodeploy.runtime.caches import default_num_pages, free_memory
+from autodeploy.runtime.engine import Engine
+from autodeploy.runtime.outputs import EngineStats
+from autodeploy.runtime.prompts import Prompt, check_words, split_prompts
+from autodeploy.runtime.requests import Request, RequestOutput, SamplingParams
+from autodeploy.runtime.stream import Stream, TextStream
 from autodeploy.step_cache import load_or_make, step_key
 from autodeploy.trace import trace
 
@@ -33,8 +37,7 @@ _DEFAULT_MODEL_LEN = 8192
 _CPU_MEMORY_SHARE, _GPU_MEMORY_SHARE = 0.3, 0.8
 # A GPU needs thousands of tokens to be busy; on a CPU a long step only makes those who decode wait.
 _CPU_NUM_TOKENS, _GPU_NUM_TOKENS = 512, 8192
-
-Prompt = str | Sequence[int]
+_A_TOKEN_EACH = "a step needs a token for each of max_num_seqs"
 
 
 @dataclass
@@ -60,16 +63,21 @@ class LLM:
     """A language model behind a paged cache and one prepare_metadata node.
 
     `model` is "demo", a folder, a hub id, or a loaded transformers model. Prompts are strings (put through the
-    tokenizer's chat template unless `chat=False`) or lists of token ids (taken as they are).
+    tokenizer's chat template unless `chat=False`) or token ids (taken as they are) in a list, an array or a tensor.
     `num_pages` is the size of each KV group's page pool, by default what fits into a share of the free memory.
-    `max_num_tokens` is the budget of one step, by default 512, and 8192 on a GPU. With `compile=False` the graph runs
-    as FX made it. On a GPU decode steps run as CUDA graphs, unless `cuda_graphs=False`. Everything that can be refused
-    is refused here or when a request is made, before anything runs.
+    `max_num_tokens` is the budget of one step, by default 512, and 8192 on a GPU. `max_model_len` is the most tokens of
+    a prompt with its answer. With `compile=False` the graph runs as FX made it. On a GPU decode steps run as CUDA
+    graphs, unless `cuda_graphs=False`. Everything that can be refused is refused here or when a request is made, before
+    anything runs.
+
+    Threads may share one LLM: their requests run in the same steps. A request that fails (its logits are no numbers,
+    its step or its tokenizer raises) ends alone: `generate` returns it with finish_reason "error" and its `error`, a
+    stream raises it once its other answers are complete.
     """
 
     def __init__(
         self,
-        model: str | PreTrainedModel,
+        model: str | Path | PreTrainedModel,
         tokenizer: Any = None,
         *,
         backend: str | Mapping[str, str] = "auto",
@@ -83,16 +91,20 @@ class LLM:
         cuda_graphs: bool = True,
     ) -> None:
         self._start = time.perf_counter()
-        self.timings = Timings()
-        steps = resolve_passes(None, backend, page_size)
-        if isinstance(model, str):
-            model, own_tokenizer = load_model(resolve_model(model), dtype)
-            tokenizer = tokenizer or own_tokenizer
-        self.model, self.tokenizer = model, tokenizer
+        self._timings = Timings()
+        flag("compile", compile)
+        flag("cuda_graphs", cuda_graphs)
+        max_num_seqs = integer("max_num_seqs", max_num_seqs, least=1)
+        max_num_tokens = _or_none("max_num_tokens", max_num_tokens, least=max_num_seqs, where=_A_TOKEN_EACH)
+        num_pages = _or_none("num_pages", num_pages, least=2)
+        max_model_len = _or_none("max_model_len", max_model_len, least=2)
+        steps = resolve_passes(None, backend, _or_none("page_size", page_size, least=1))
+        check_tokenizer(tokenizer)
+        model, own_tokenizer = find_model(model, dtype)
+        self.model, self.tokenizer = model, own_tokenizer if tokenizer is None else tokenizer
+        self._one_encodes = Lock()
         self.timings.load = self._elapsed()
-        config = model.config.get_text_config()
-        model_len = getattr(config, "max_position_embeddings", None) or _DEFAULT_MODEL_LEN
-        self.max_model_len = min(max_model_len or min(model_len, _DEFAULT_MODEL_LEN), model_len)
+        self.max_model_len = _model_len(model, max_model_len)
         if max_num_tokens is None:
             max_num_tokens = max(max_num_seqs, _GPU_NUM_TOKENS if model.device.type == "cuda" else _CPU_NUM_TOKENS)
         plan = self._compile(steps) if compile else self._interpret(steps)
@@ -106,10 +118,18 @@ class LLM:
             max_model_len=self.max_model_len,
             max_num_seqs=max_num_seqs,
             max_num_tokens=max_num_tokens,
-            eos_token_ids=_eos_token_ids(model, tokenizer),
-            tokenizer=tokenizer,
+            eos_token_ids=_eos_token_ids(model, self.tokenizer),
+            tokenizer=self.tokenizer,
             cuda_graphs=cuda_graphs,
+            vocab_size=model.get_input_embeddings().weight.shape[0],
         )
+
+    @property
+    def timings(self) -> Timings:
+        """Seconds from the start of `LLM(...)`."""
+        if engine := getattr(self, "_engine", None):
+            self._timings.first_token = max(0.0, engine.first_token_at - self._start)
+        return self._timings
 
     @property
     def stats(self) -> EngineStats:
@@ -134,57 +154,52 @@ class LLM:
 
         Raises RequestTooLong or OptionError before anything runs.
         """
-        requests = self._add(prompts, params, chat)
-        with closing(self._steps(requests)) as steps:
-            for _ in steps:
-                pass
-        return [request.output() for request in requests]
+        return self._engine.run(self._requests(split_prompts(prompts), params, chat))
 
-    def stream(self, prompt: Prompt, params: SamplingParams | None = None, *, chat: bool = True) -> Iterator[str]:
+    def stream(self, prompt: Prompt, params: SamplingParams | None = None, *, chat: bool = True) -> TextStream:
         """The answer to one prompt, piece by piece as it is made. Closing the iterator cancels the request."""
-        for _, piece in self.stream_many([prompt], params, chat=chat):
-            yield piece
+        return TextStream(Stream(self._engine, self._requests([prompt], params, chat)))
 
     def stream_many(
-        self, prompts: Sequence[Prompt], params: SamplingParams | None = None, *, chat: bool = True
-    ) -> Iterator[tuple[int, str]]:
-        """(index of the prompt, piece of its answer), as they are made."""
-        return self._pieces(self._add(prompts, params, chat))
+        self, prompts: Prompt | Sequence[Prompt], params: SamplingParams | None = None, *, chat: bool = True
+    ) -> Stream:
+        """(index of the prompt, piece of its answer), as they are made.
 
-    def _pieces(self, requests: list[Request]) -> Iterator[tuple[int, str]]:
-        with closing(self._steps(requests)) as steps:
-            for _ in steps:
-                for index, request in enumerate(requests):
-                    if piece := request.take_text():
-                        yield index, piece
+        Prompts are checked here, and run from when the first piece is asked for.
+        """
+        return Stream(self._engine, self._requests(split_prompts(prompts), params, chat))
 
-    def _steps(self, requests: list[Request]) -> Generator[None]:
-        """Steps until all `requests` have ended, maybe in somebody else's steps; cancels them when closed before."""
-        try:
-            done = False
-            while not done:
-                self._engine.step()
-                self.timings.first_token = self.timings.first_token or self._elapsed()
-                done = all(request.status is Status.FINISHED for request in requests)
-                yield
-        finally:
-            for request in requests:
-                self._engine.cancel(request)
+    def _requests(self, prompts: Sequence[Any], params: SamplingParams | None, chat: bool) -> list[Request]:
+        params = SamplingParams() if params is None else params
+        if not isinstance(params, SamplingParams):
+            raise OptionError(f"params is a {type(params).__name__}", fix="give ad.SamplingParams(...)")
+        flag("chat", chat)
+        return self._engine.make_requests([self._encode(prompt, chat) for prompt in prompts], [params] * len(prompts))
 
-    def _add(self, prompts: Prompt | Sequence[Prompt], params: SamplingParams | None, chat: bool) -> list[Request]:
-        many = [prompts] if _is_one(prompts) else list(prompts)
-        params = params or SamplingParams()
-        return self._engine.add_many([self._encode(prompt, chat) for prompt in many], [params] * len(many))
-
-    def _encode(self, prompt: Any, chat: bool) -> Sequence[int]:
+    def _encode(self, prompt: Any, chat: bool) -> Any:
         if not isinstance(prompt, str):
             return prompt
-        if self.tokenizer is None:
+        check_words(prompt)
+        if not callable(self.tokenizer):
             raise OptionError("a prompt in words for a model without a tokenizer", fix="give token ids, or a tokenizer")
-        if chat and self.tokenizer.chat_template:
+        try:
+            # Asked by two threads at once, it may raise.
+            with self._one_encodes:
+                return self._token_ids(prompt, chat)
+        except Exception as error:  # a tokenizer and a chat template may raise anything
+            raise OptionError(f"the tokenizer raised {type(error).__name__}: {error}", where="a prompt") from error
+
+    def _token_ids(self, prompt: str, chat: bool) -> Any:
+        assert self.tokenizer is not None
+        if chat and getattr(self.tokenizer, "chat_template", None):
             messages = [{"role": "user", "content": prompt}]
             return self.tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=False)
         return self.tokenizer(prompt).input_ids
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        raise UnsupportedFeature(
+            "an LLM can be neither copied nor pickled", fix="make another from the same model: its step is kept on disk"
+        )
 
     def _compile(self, steps: list[Pass]) -> _Plan:
         folder = options.from_environment().cache_dir / "steps" / step_key(self.model, steps)
@@ -240,14 +255,21 @@ class _Plan(NamedTuple):
 
 def _memory_for_caches(device: torch.device) -> int:
     """Bytes."""
-    if device.type == "cuda":
-        return int(torch.cuda.mem_get_info(device)[0] * _GPU_MEMORY_SHARE)
-    return int(psutil.virtual_memory().available * _CPU_MEMORY_SHARE)
+    return int(free_memory(device) * (_GPU_MEMORY_SHARE if device.type == "cuda" else _CPU_MEMORY_SHARE))
 
 
-def _is_one(prompts: Any) -> bool:
-    """Whether this is one prompt: a string, or a list of token ids rather than of prompts."""
-    return isinstance(prompts, str) or (len(prompts) > 0 and all(isinstance(item, int) for item in prompts))
+def _or_none(name: str, value: int | None, *, least: int, where: str = "") -> int | None:
+    return None if value is None else integer(name, value, least=least, where=where, also="None or ")
+
+
+def _model_len(model: PreTrainedModel, wanted: int | None) -> int:
+    """The most tokens of a request."""
+    most = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    if wanted is None:
+        return min(most or _DEFAULT_MODEL_LEN, _DEFAULT_MODEL_LEN)
+    if most and wanted > most:
+        raise OptionError(f"max_model_len is {wanted}, the model has {most} positions", fix=f"give at most {most}")
+    return wanted
 
 
 def _eos_token_ids(model: PreTrainedModel, tokenizer: Any) -> set[int]:

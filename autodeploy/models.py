@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import sys
 from collections.abc import Callable, Iterator
@@ -12,8 +13,9 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from autodeploy import options
+from autodeploy.arguments import refusal
 from autodeploy.demo import demo_model
-from autodeploy.errors import DownloadError, ModelNotFound
+from autodeploy.errors import DownloadError, ModelNotFound, OptionError, UnsupportedFeature
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -21,6 +23,10 @@ if TYPE_CHECKING:
 DEMO = "demo"
 _HUB_FILES = ("*.json", "*.safetensors", "*.jinja", "*.model", "*.txt")
 _TOKENIZER_FILES = ("tokenizer*", "vocab.*", "*.tiktoken")
+# What transformers dequantizes while it loads.
+_DEQUANTIZED = ("mxfp4",)
+_DEQUANTIZE = "give a folder of plain weights: load it dequantized with transformers, then save_pretrained"
+_REMOTE_CODE = "the folder brings code of its own, which is never run; use a model type that transformers has"
 
 
 def print_progress(line: str) -> None:
@@ -28,19 +34,56 @@ def print_progress(line: str) -> None:
     print(line, file=sys.stderr, flush=True)
 
 
-def resolve_model(name: str, progress: Callable[[str], None] = print_progress) -> Path:
+def find_model(model: Any, dtype: torch.dtype | None) -> tuple[PreTrainedModel, Any]:
+    """The model that `model` is or leads to, and the tokenizer in its folder, None where there is none.
+
+    `dtype` is for weights that are yet to be loaded. Raises OptionError, or what `resolve_model` and `load_model` do.
+    """
+    from transformers import PreTrainedModel
+
+    if dtype is not None and not (isinstance(dtype, torch.dtype) and dtype.is_floating_point):
+        raise refusal("dtype", dtype, "a floating-point dtype of torch, such as torch.bfloat16")
+    if isinstance(model, str | Path):
+        return load_model(resolve_model(model), dtype)
+    if not isinstance(model, PreTrainedModel):
+        raise refusal("model", model, "'demo', a folder, a hub id, or a loaded transformers model")
+    if dtype is not None:
+        raise OptionError(f"dtype is {dtype} for a model that is loaded", fix="convert it first: model.to(dtype)")
+    devices = {parameter.device for parameter in model.parameters()}
+    if len(devices) != 1 or devices == {torch.device("meta")}:
+        raise UnsupportedFeature(
+            f"a model with its weights on {', '.join(sorted(map(str, devices))) or 'no device'}",
+            where=type(model).__name__,
+            fix="load it onto one device",
+        )
+    return model, None
+
+
+def check_tokenizer(tokenizer: Any) -> None:
+    """Refuse what is neither None nor a tokenizer."""
+    if tokenizer is not None and (
+        isinstance(tokenizer, type | bytes) or not callable(getattr(tokenizer, "decode", None))
+    ):
+        raise refusal("tokenizer", tokenizer, "a loaded tokenizer, such as AutoTokenizer.from_pretrained gives")
+
+
+def resolve_model(name: str | Path, progress: Callable[[str], None] = print_progress) -> Path:
     """The folder that `name` leads to, downloaded first where need be.
 
-    `name` is "demo", a local folder, or a Hugging Face hub id. Raises ModelNotFound, DownloadError, or
-    MissingDependency (demo only).
+    `name` is "demo", a local folder, or a Hugging Face hub id; a Path is always a folder. Raises ModelNotFound,
+    DownloadError, or MissingDependency (demo only).
     """
     if name == DEMO:
         return demo_model(options.from_environment().cache_dir, progress)
     path = Path(os.path.expanduser(name))  # unlike Path.expanduser, leaves an unknown ~user as it is
-    if path.is_dir():
+    try:
+        is_folder, is_there = path.is_dir(), path.exists()
+    except (OSError, ValueError):  # a name that no file can have
+        is_folder, is_there = False, True
+    if is_folder:
         return _checked(path)
-    if path.is_absolute() or name.startswith((".", "~")) or path.exists():
-        raise ModelNotFound(f"{name!r} is not a folder", fix="give a folder, a hub id such as org/name, or 'demo'")
+    if isinstance(name, Path) or path.is_absolute() or name.startswith((".", "~")) or is_there:
+        raise ModelNotFound(f"{str(name)!r} is not a folder", fix="give a folder, a hub id such as org/name, or 'demo'")
     return _checked(_download_from_hub(name, progress))
 
 
@@ -82,28 +125,65 @@ def _download_from_hub(name: str, progress: Callable[[str], None]) -> Path:
 def load_model(path: Path, dtype: torch.dtype | None = None) -> tuple[PreTrainedModel, Any]:
     """The causal language model in `path`, in eval mode on the CPU, and its tokenizer (None where it has none).
 
-    `dtype` is that of the weights; None keeps the dtype they were saved in. Only local files are read.
-    Raises ModelNotFound where the folder is no complete model that transformers knows.
+    `dtype` is that of the weights; None keeps the dtype they were saved in. Only local files are read, and no code
+    among them runs. Raises ModelNotFound where the folder is no complete model that transformers knows, and
+    UnsupportedFeature for weights that are quantized.
     """
-    from safetensors import SafetensorError
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
+    settings = _settings(path)
+    _check_quantization(settings, path)
+    local: dict[str, Any] = {"local_files_only": True, "trust_remote_code": False}
     try:
         with _without_progress_bars():
             # transformers' annotation leaves out that it returns a pair when asked for the loading info.
             loaded: Any = AutoModelForCausalLM.from_pretrained(
-                path, dtype=dtype or "auto", local_files_only=True, output_loading_info=True
+                path, dtype=dtype or "auto", use_safetensors=True, output_loading_info=True, **local
             )
             model, info = loaded
         has_tokenizer = any(any(path.glob(pattern)) for pattern in _TOKENIZER_FILES)
-        tokenizer = AutoTokenizer.from_pretrained(path, local_files_only=True) if has_tokenizer else None
-    except (OSError, ValueError, SafetensorError) as error:
-        reason = str(error).strip().splitlines()[0]
-        raise ModelNotFound(f"not a language model that transformers can load: {reason}", where=str(path)) from error
+        tokenizer = AutoTokenizer.from_pretrained(path, **local) if has_tokenizer else None
+    except Exception as error:  # what is wrong in a file reaches here as anything; there is no common base
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise ModelNotFound(
+            f"not a language model that transformers can load: {reason}",
+            where=str(path),
+            fix=_REMOTE_CODE if "trust_remote_code" in str(error) else "",
+        ) from error
     # transformers fills absent weights with random numbers and goes on.
     if missing := sorted(info["missing_keys"]):
         raise ModelNotFound(f"{len(missing)} weights are not in the files, {missing[0]} first", where=str(path))
+    packed = [name for name, weight in model.named_parameters() if not weight.is_floating_point()]
+    if packed:
+        raise UnsupportedFeature(f"the weights are packed, {packed[0]} first", where=str(path), fix=_DEQUANTIZE)
     return model.eval(), tokenizer
+
+
+def _settings(path: Path) -> dict[str, Any]:
+    try:
+        settings = json.loads((path / "config.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError) as error:
+        raise ModelNotFound(
+            f"not a language model that transformers can load: config.json is not JSON: {error}", where=str(path)
+        ) from error
+    if not isinstance(settings, dict):
+        raise ModelNotFound(
+            "not a language model that transformers can load: config.json is no object", where=str(path)
+        )
+    return settings
+
+
+def _check_quantization(settings: dict[str, Any], path: Path) -> None:
+    """Refuse, before a library for it is asked for, what transformers does not turn into plain weights."""
+    text_settings = settings.get("text_config")
+    found = settings.get("quantization_config") or (
+        text_settings.get("quantization_config") if isinstance(text_settings, dict) else None
+    )
+    if not found:
+        return
+    method = found.get("quant_method") if isinstance(found, dict) else found
+    if method not in _DEQUANTIZED:
+        raise UnsupportedFeature(f"the weights are quantized by {method!r}", where=str(path), fix=_DEQUANTIZE)
 
 
 @contextmanager

@@ -22,7 +22,7 @@ import torch
 from torch import fx
 from torch.fx.experimental.symbolic_shapes import statically_known_true, sym_eq
 
-from autodeploy.aliasing import mutated
+from autodeploy.aliasing import mutated, returned
 from autodeploy.effects import is_needed
 from autodeploy.graph import get_attribute, near_miss
 
@@ -161,9 +161,13 @@ def _is_copy(node: fx.Node) -> bool:
 
 
 def _why_not_copy(gm: fx.GraphModule, node: fx.Node) -> str | None:
-    if any(user.op == "output" for user in node.users):
+    if node in returned(gm.graph):
         return "is returned to a caller who may write to it"
-    return "is a copy of which one side is written to" if {node, *node.all_input_nodes} & mutated(gm.graph) else None
+    return (
+        "is a copy of which one side is written to"
+        if {node, *node.all_input_nodes} & mutated(gm.graph).values
+        else None
+    )
 
 
 def _forward_input(gm: fx.GraphModule, node: fx.Node) -> None:

@@ -17,7 +17,7 @@ from typing import Any, ClassVar
 import torch
 from torch import fx
 
-from autodeploy.errors import OptionError
+from autodeploy.arguments import integer
 from autodeploy.graph import SITE, add_placeholder, near_miss, placeholder, record
 from autodeploy.metadata.layout import LayoutSpec
 from autodeploy.ops.registry import check_backend_choice, choose_backend, kind_of
@@ -40,8 +40,8 @@ class InsertCachedAttention:
     may_round: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
-        if self.page_size is not None and self.page_size < 1:
-            raise OptionError(f"page_size must be at least 1, not {self.page_size}")
+        if self.page_size is not None:
+            integer("page_size", self.page_size, least=1, where=self.name)
         check_backend_choice(self.backend)
 
     def apply(self, gm: fx.GraphModule) -> int:

@@ -11,6 +11,9 @@ from autodeploy.runtime.engine import Engine
 from autodeploy.runtime.requests import RequestOutput, SamplingParams
 
 VOCABULARY = 50
+# Tokens that it never generates: of the first, a step with it raises; of the others, the logits behind are no numbers.
+RAISES, NAN, MINUS_INFINITY, INFINITY = range(VOCABULARY, VOCABULARY + 4)
+EMBEDDING = VOCABULARY + 4
 MAX_MODEL_LEN = 64
 
 
@@ -61,9 +64,16 @@ class HashModel:
             start += row[QUERY_LEN]
             if new:
                 logits[index, self._advance(row, new, tokens.view(-1), hidden.view(-1), state.view(-1))] = 1
-        if len(self.sizes) == self.fail_at:
-            raise StepFailed
+                self._spoil(logits[index], new)
+        if len(self.sizes) == self.fail_at or RAISES in stream:
+            raise StepFailed("no such row")
         return logits
+
+    def _spoil(self, logits: Tensor, new: list[int]) -> None:
+        if new[-1] == NAN:
+            logits[7] = torch.nan
+        elif new[-1] in (MINUS_INFINITY, INFINITY):
+            logits[:] = -torch.inf if new[-1] == MINUS_INFINITY else torch.inf
 
     def _advance(self, row: list[int], new: list[int], tokens: Tensor, hidden: Tensor, state: Tensor) -> int:
         pages = (len(row) - NUM_FIXED_COLUMNS) // 2
@@ -94,6 +104,7 @@ class LetterTokenizer:
 
 def make_engine(model: HashModel, **options: object) -> Engine:
     settings = {"device": torch.device("cpu"), "num_pages": (40, 40), "max_model_len": MAX_MODEL_LEN, "max_num_seqs": 4}
+    settings["vocab_size"] = EMBEDDING
     return Engine(model, model.cache_specs, model.spec, **(settings | options))  # type: ignore[arg-type]
 
 

@@ -143,6 +143,7 @@ KEPT: dict[str, tuple[Callable[[Tensor], Tensor], object, str]] = {
     "copy written to": (_write_to_copy, aten.clone.default, "is a copy of which one side is written to"),
     "original written to": (_write_to_original, aten.clone.default, "is a copy of which one side is written to"),
     "returned copy": (lambda x: x.clone(), aten.clone.default, "is returned to a caller"),
+    "returned view of a copy": (lambda x: x.clone().mT, aten.clone.default, "is returned to a caller"),
     "autocast": (_autocast, _AUTOCAST, "autocast changes dtypes"),
 }
 

@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from autodeploy.runtime.detokenizer import Detokenizer
+from autodeploy.runtime.detokenizer import Decoder, Detokenizer
 
 SPECIAL = 256
 
@@ -14,13 +14,15 @@ SPECIAL = 256
 class ByteTokenizer:
     """Token ids are UTF-8 bytes, so most characters take several tokens; 256 is a special token."""
 
+    all_special_ids = (SPECIAL,)
+
     def decode(self, token_ids: list[int], *, skip_special_tokens: bool) -> str:
         assert skip_special_tokens
         return bytes(token for token in token_ids if token != SPECIAL).decode("utf-8", errors="replace")
 
 
 def stream(token_ids: list[int], stop: tuple[str, ...] = ()) -> tuple[list[str], Detokenizer]:
-    detokenizer = Detokenizer(ByteTokenizer(), stop)
+    detokenizer = Detokenizer(Decoder(ByteTokenizer()), stop)
     pieces = []
     for token in token_ids:
         pieces.append(detokenizer.push(token))

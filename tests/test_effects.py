@@ -59,6 +59,7 @@ PURE: dict[str, Make] = {
     "a shape": function(getattr, "shape"),
     "a view": function(getattr, "mT"),
     "not in place": function(F.relu, inplace=False),
+    "no norm": function(F.embedding, 0, max_norm=None),
 }
 IMPURE: dict[str, tuple[Make, str]] = {
     "a random overload": (function(aten.bernoulli.default), RANDOM),
@@ -71,6 +72,8 @@ IMPURE: dict[str, tuple[Make, str]] = {
     "out": (lambda graph, x: graph.call_function(torch.neg, (x,), {"out": x}), WRITES),
     "in place by name": (function(F.relu, inplace=True), WRITES),
     "in place by position": (function(F.relu, True), WRITES),
+    "in place by a value": (lambda graph, x: graph.call_function(F.relu, (x,), {"inplace": x}), WRITES),
+    "a norm of zero": (function(F.embedding, 0, max_norm=0), WRITES),
     "statistics": (function(aten.batch_norm.default), WRITES),
     "a check": (function(aten._assert_async.default), EFFECTS),
     "an item": (method("item"), HOST),
@@ -101,7 +104,7 @@ def test_impure(name: str) -> None:
     assert is_needed(node) == (reason != HOST)
     if reason == WRITES and name != "statistics":
         assert set(writes(node)) == {x}
-        assert x in mutated(node.graph)
+        assert x in mutated(node.graph).values
 
 
 VIEWS: dict[str, Make] = {
@@ -125,7 +128,7 @@ def test_views_share_storage(name: str) -> None:
     assert aliased(node) == [x]
     node.graph.call_method("zero_", (node,))
     node.graph.output(())
-    assert mutated(node.graph) >= {x, node}
+    assert mutated(node.graph).values >= {x, node}
 
 
 @pytest.mark.parametrize("make", [function(aten.add.Tensor, 1), function(operator.mul, 2.0), method("clone")])
@@ -177,7 +180,7 @@ def test_names_of_one_storage() -> None:
     whole, part = graph.create_node("get_attr", "whole"), graph.create_node("get_attr", "part")
     graph.output((whole, graph.call_method("add_", (part, 1))))
     gm = fx.GraphModule(root, graph)
-    assert mutated(gm.graph) >= set(gm.graph.find_nodes(op="get_attr"))
+    assert mutated(gm.graph).values >= set(gm.graph.find_nodes(op="get_attr"))
 
 
 class Foreign(torch.nn.Module):
@@ -214,7 +217,7 @@ def test_modules(leaf: torch.nn.Module, is_written: bool) -> None:
     graph.output(graph.call_module("leaf", (x,)))
     gm = fx.GraphModule(root, graph)
     inputs = gm.graph.find_nodes(op="placeholder")
-    assert mutated(gm.graph).issuperset(inputs) == is_written
+    assert mutated(gm.graph).values.issuperset(inputs) == is_written
     assert is_needed(gm.graph.find_nodes(op="call_module")[0])
 
 
@@ -230,8 +233,8 @@ def test_a_module_writes_to_its_tensors_under_any_name(leaf: torch.nn.Module) ->
     graph.output([graph.create_node("get_attr", name) for name in ("alias", "other")])
     gm = fx.GraphModule(root, graph)
     alias, other = gm.graph.find_nodes(op="get_attr")
-    assert alias in mutated(gm.graph)
-    assert other not in mutated(gm.graph)
+    assert alias in mutated(gm.graph).values
+    assert other not in mutated(gm.graph).values
 
 
 def test_what_a_module_returns_may_be_its_own() -> None:
@@ -244,7 +247,7 @@ def test_what_a_module_returns_may_be_its_own() -> None:
     first, second = graph.call_module("leaf"), graph.call_module("leaf")
     graph.output((graph.call_method("add_", (first, 1)), second, graph.create_node("get_attr", "alias")))
     gm = fx.GraphModule(root, graph)
-    assert mutated(gm.graph) >= {*gm.graph.find_nodes(op="call_module"), *gm.graph.find_nodes(op="get_attr")}
+    assert mutated(gm.graph).values >= {*gm.graph.find_nodes(op="call_module"), *gm.graph.find_nodes(op="get_attr")}
 
 
 def inputs(*values: torch.Tensor | None) -> list[fx.Node]:
@@ -260,10 +263,10 @@ def test_inputs_may_be_one_another() -> None:
     ints, floats = torch.zeros(2, dtype=torch.int64), torch.zeros(2)
     written, same, unknown, other = inputs(ints, ints, None, floats)
     written.graph.output(written.graph.call_method("add_", (written, 1)))
-    assert mutated(written.graph) >= {written, same, unknown}
-    assert other not in mutated(written.graph)
+    assert mutated(written.graph).values >= {written, same, unknown}
+    assert other not in mutated(written.graph).values
     same.meta[ROLE] = "layout"
-    assert same not in mutated(written.graph)
+    assert same not in mutated(written.graph).values
 
 
 @pytest.mark.parametrize("target", [aten.set_.source_Tensor, aten.set_data.default])
@@ -273,7 +276,7 @@ def test_what_is_made_to_share_storage_does(target: Callable[..., Any]) -> None:
         node.meta[ROLE] = "tokens"
     x.graph.call_function(target, (x, y))
     x.graph.output(())
-    assert mutated(x.graph) >= {x, y}
+    assert mutated(x.graph).values >= {x, y}
 
 
 @pytest.mark.parametrize(

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from contextlib import suppress
 from itertools import pairwise
 
 import numpy as np
@@ -11,7 +10,6 @@ from hash_model import (
     VOCABULARY,
     HashModel,
     LetterTokenizer,
-    StepFailed,
     assert_nothing_owned,
     generate,
     make_engine,
@@ -23,7 +21,6 @@ from hypothesis import strategies as st
 from autodeploy.errors import OptionError, RequestTooLong
 from autodeploy.runtime.buckets import captured_sizes, padded_sizes
 from autodeploy.runtime.caches import default_num_pages
-from autodeploy.runtime.engine import Engine
 from autodeploy.runtime.requests import Request, RequestOutput, SamplingParams
 
 PROMPTS = [[1, 2, 3], [4], list(range(30)), [7] * 11, [9, 8], list(range(20))]
@@ -70,39 +67,18 @@ def test_any_workload_on_any_pool_gives_the_tokens_of_the_model(data: st.DataObj
             requests.append(engine.add(prompt, params))
         except RequestTooLong:
             continue
-        step_or_fail(engine)
+        engine.step()
     for request in data.draw(st.lists(st.sampled_from(requests), max_size=2)) if requests else []:
         engine.cancel(request)
-    for _ in range(2000):
-        step_or_fail(engine)
-    assert not engine.has_work
+    run(engine)
     assert_nothing_owned(engine)
     for request in requests:
         expected = model.expected(list(request.prompt_token_ids), request.params.max_tokens)
-        if request.finish_reason == "cancelled":
+        if request.finish_reason in ("cancelled", "error"):
             expected = expected[: len(request.token_ids)]
         assert request.token_ids == expected
-
-
-def step_or_fail(engine: Engine) -> None:
-    """One step; the model raises in at most one of them."""
-    with suppress(StepFailed):
-        engine.step()
-
-
-def test_a_failed_step_leaves_every_request_as_it_was() -> None:
-    model = HashModel(page_size=4, window=6)
-    engine = make_engine(model)
-    requests = engine.add_many(PROMPTS[:3], [SamplingParams(max_tokens=5)] * 3)
-    engine.step()
-    model.fail_at = len(model.sizes) + 1
-    before = [request.token_ids for request in requests]
-    with pytest.raises(StepFailed):
-        engine.step()
-    assert [request.token_ids for request in requests] == before
-    assert_nothing_owned(engine)
-    run(engine)
-    assert [request.token_ids for request in requests] == [model.expected(prompt, 5) for prompt in PROMPTS[:3]]
+    # The one step that raises is repeated, unless it was of one request.
+    assert sum(request.error is not None for request in requests) <= 1
 
 
 def test_cancel_frees_at_once_and_keeps_the_others() -> None:
@@ -127,13 +103,6 @@ def test_a_list_with_one_request_too_long_adds_none() -> None:
     with pytest.raises(RequestTooLong, match="max_tokens 1000000000000 exceed"):
         engine.add([1], SamplingParams(max_tokens=10**12))
     assert not engine.has_work
-
-
-@pytest.mark.parametrize("prompt", [[], [1.5], [[1]], [-1], [2**31], ["a"]])
-def test_a_prompt_that_is_not_token_ids_is_refused(prompt: list) -> None:
-    engine = make_engine(HashModel(page_size=4, window=6))
-    with pytest.raises(OptionError, match="a prompt "):
-        engine.add(prompt, SamplingParams(max_tokens=1))
 
 
 def test_eos_ends_a_request_unless_ignored() -> None:

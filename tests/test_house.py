@@ -18,7 +18,7 @@ SOURCES = sorted(path for package in PACKAGES for path in (ROOT / package).rglob
 MAX_FILE_LINES, MAX_MEDIAN_LINES, MAX_FUNCTION_LINES = 400, 150, 60
 
 # Who may import whom: a room is a module or subpackage of autodeploy, or the package `passes`.
-_BASE = {"errors", "options"}
+_BASE = {"errors", "options", "arguments"}
 _NODES = {"spelling", "effects", "aliasing"}
 _SHARING = {"graph", "dependence", "equality", "memory", "outline"}
 _GRAPH = _NODES | _SHARING | {"mixing", "spec", "pipeline"}
@@ -26,6 +26,7 @@ _CORE = _BASE | _GRAPH | {"ops", "metadata"}
 ALLOWED = {
     "errors": set(),
     "options": {"errors"},
+    "arguments": {"errors"},
     "demo": _BASE,
     "models": _BASE | {"demo"},
     "ops": _BASE,

@@ -217,6 +217,57 @@ def test_what_comes_later_is_absorbed() -> None:
     assert len(prepare_nodes(gm)) == 1
 
 
+def test_constants_of_one_name_stay_two() -> None:
+    """What is inside keeps its constant where somebody has given its name to another since."""
+    gm = module(
+        lambda graph, layout, x: call(aten.add.Tensor, x, call(aten.add.Tensor, layout, graph.get_attr("buffer")))
+    )
+    share(gm)
+    inside = gm.buffer
+    gm.buffer = torch.nn.Buffer(example(2) * 4)
+    output = gm.graph.output_node()
+    layout, before_output = gm.graph.find_nodes(op="placeholder")[1], output.all_input_nodes[0]
+    with gm.graph.inserting_before(output):
+        again = call(aten.add.Tensor, layout, gm.graph.get_attr("buffer"))
+        output.args = ((before_output, call(aten.mul.Tensor, before_output, again)),)
+    x, layout = example(3), example(4)
+    gm.recompile()
+    want = gm(x, layout)
+    for _ in range(2):
+        pipeline.run(gm, [ShareMetadata()])
+        assert all(map(torch.equal, want, gm(x, layout)))
+    assert torch.equal(want[0], x + (layout + inside))
+    assert {id(constant) for constant in getattr(gm, PREPARE).buffers()} == {id(inside), id(gm.buffer)}
+
+
+def test_constants_that_metadata_does_not_need_stay() -> None:
+    """A number that both read is computed inside and read outside; weights made with it are not made at the start."""
+
+    def build(graph: fx.Graph, layout: fx.Node, x: fx.Node) -> tuple[fx.Node, ...]:
+        scale = call(aten.sum.default, graph.get_attr("buffer"))
+        weight = call(aten.mul.Tensor, graph.get_attr("buffer"), scale)
+        return call(aten.add.Tensor, x, weight), call(aten.add.Tensor, x, call(aten.mul.Tensor, layout, scale))
+
+    gm = module(build)
+    assert share(gm) == ["sum", "mul"]
+    assert [node.target.__name__.split(".")[0] for node in _calls(gm)] == ["mul", "add", "add"]
+
+
+def test_sizes_are_read_where_they_are_asked() -> None:
+    """Before and after a write that changes them; `n += 1` changes n for all who read it."""
+
+    def build(graph: fx.Graph, layout: fx.Node, x: fx.Node) -> tuple[fx.Node, ...]:
+        first = graph.call_method("size", (x, 0))
+        more = graph.call_function(operator.iadd, (graph.call_method("size", (x, 0)), 5))
+        graph.call_method("t_", (x,))
+        last = graph.call_method("size", (x, 0))
+        return tuple(call(aten.full_like.default, layout, size) for size in (first, more, last))
+
+    gm = module(build)
+    pipeline.run(gm, [ShareMetadata()])
+    assert [int(value[0, 0]) for value in gm(example(3), example(4))] == [4, 9, 6]
+
+
 def test_a_graph_without_roles_is_shared_by_the_dtypes_of_its_inputs() -> None:
     gm = before("nest_inputs")
     want = gm(**tokens(2, 9))

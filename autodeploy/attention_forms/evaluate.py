@@ -93,7 +93,7 @@ class Knowledge(NamedTuple):
 
 def learn(gm: fx.GraphModule) -> Knowledge:
     """What can be told of the nodes of `gm` in one sweep."""
-    found = Knowledge(set(), mutated(gm.graph))
+    found = Knowledge(set(), mutated(gm.graph).values)
     for node in gm.graph.nodes:
         if node not in found.written and _is_known(gm, node, found.known):
             found.known.add(node)

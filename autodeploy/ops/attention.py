@@ -164,5 +164,6 @@ KIND = Kind(
     op=torch.ops.autodeploy.attention.default,
     describe=_describe,
     tensors=_tensors,
+    layer_types=("full_attention", "sliding_attention"),
     meaning="softmax attention: MHA, MQA, GQA; full or sliding; softcap, sinks, bias, ALiBi",
 )

@@ -107,5 +107,6 @@ KIND = Kind(
     op=torch.ops.autodeploy.causal_conv1d.default,
     describe=_describe,
     tensors=_tensors,
+    layer_types=("conv",),
     meaning="depthwise causal convolution with a rolling state",
 )

@@ -112,10 +112,17 @@ def check_backend_choice(wanted: str | Mapping[str, str]) -> None:
     """Raise before any work when `wanted` names something unknown."""
     names = {b.name for b in backends()} | {"auto"}
     for name in wanted.values() if isinstance(wanted, Mapping) else (wanted,):
-        if not isinstance(name, str):
-            raise OptionError(f"a backend is chosen by name, not by {type(name).__name__}")
-        if name not in names:
-            raise UnknownName("backend", name, names)
+        _check_name("backend", name, names)
+    places = {place for kind in kinds() for place in (kind.name, *kind.layer_types)}
+    for place in wanted if isinstance(wanted, Mapping) else ():
+        _check_name("layer type or kind", place, places)
+
+
+def _check_name(what: str, name: object, known: set[str]) -> None:
+    if not isinstance(name, str):
+        raise OptionError(f"a {what} is given by name, not by {type(name).__name__}", where="backend")
+    if name not in known:
+        raise UnknownName(what, name, known)
 
 
 def supports_dtype(dtype: torch.dtype, device: torch.device) -> str | None:

@@ -56,13 +56,15 @@ class Kind:
     """One sort of attention node.
 
     `op` is the canonical overload; `describe(node)` reduces a node that calls it to a Site; `tensors(node)` gives the
-    activation and weight arguments in the order that `Backend.call` receives them (None where absent).
+    activation and weight arguments in the order that `Backend.call` receives them (None where absent). `layer_types`
+    are all that `describe` gives.
     """
 
     name: str
     op: torch._ops.OpOverload
     describe: Callable[[fx.Node], Site]
     tensors: Callable[[fx.Node], tuple[Any, ...]]
+    layer_types: tuple[str, ...]
     meaning: str = ""
 
 

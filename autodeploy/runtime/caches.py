@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from math import prod
 
 import numpy as np
+import psutil
 import torch
 from torch import Tensor
 
@@ -13,6 +14,10 @@ from autodeploy.errors import OptionError
 from autodeploy.metadata.layout import LayoutSpec
 from autodeploy.ops.spec import CacheSpec
 from autodeploy.runtime.pages import pages_needed
+from autodeploy.runtime.staging import NUM_ARENAS
+
+# An entry of a Python list and its integer.
+_PAGE_BYTES = 40
 
 
 def allocate_caches(
@@ -74,6 +79,44 @@ def default_num_pages(
             fix="give more memory, or lower max_model_len or max_num_seqs",
         )
     return tuple(pages)
+
+
+def free_memory(device: torch.device) -> int:
+    """Bytes."""
+    return torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else psutil.virtual_memory().available
+
+
+def check_memory(
+    specs: Sequence[CacheSpec],
+    layout_spec: LayoutSpec,
+    device: torch.device,
+    *,
+    num_pages: Sequence[int],
+    max_num_seqs: int,
+    max_num_tokens: int,
+    max_model_len: int,
+) -> None:
+    """Refuse what does not fit into the memory that is free, before anything is allocated.
+
+    The caches are on the device; on the host are lists of free pages, block tables, the tokens of running requests, and
+    the arenas that a step is packed in. Raises OptionError with the figures.
+    """
+    caches = 0
+    for spec in specs:
+        entries = num_pages[spec.group] * layout_spec.page_size if spec.kind == "paged" else max_num_seqs + 1
+        caches += entries * _num_bytes(spec)
+    layout = max_num_seqs * layout_spec.num_columns(-(-max_model_len // layout_spec.page_size))
+    host = sum(num_pages) * _PAGE_BYTES + 4 * (max_num_seqs * max_model_len + (NUM_ARENAS + 3) * layout)
+    host += 4 * (NUM_ARENAS + 2) * max_num_tokens
+    parts = {"cpu": caches + host} if device.type == "cpu" else {str(device): caches, "cpu": host}
+    for place, needed in parts.items():
+        free = free_memory(torch.device(place))
+        if needed > free:
+            raise OptionError(
+                f"caches and tables would take {needed / 1e9:,.1f} GB of {place} memory, {free / 1e9:,.1f} GB are free",
+                where=f"num_pages {tuple(num_pages)}, max_num_seqs {max_num_seqs}, max_num_tokens {max_num_tokens}",
+                fix="lower num_pages, max_num_seqs or max_num_tokens",
+            )
 
 
 def _num_bytes(spec: CacheSpec) -> int:

@@ -2,72 +2,35 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass, field
+import logging
+from collections import deque
+from collections.abc import Iterable, Sequence
 from time import perf_counter
 from typing import NamedTuple
 
 import numpy as np
 import torch
-from numpy.typing import ArrayLike
 
-from autodeploy.errors import OptionError
+from autodeploy.arguments import integer
+from autodeploy.errors import AutodeployError, OptionError
 from autodeploy.metadata.layout import LayoutSpec
 from autodeploy.metadata.nest import Nested
 from autodeploy.ops.spec import CacheSpec
 from autodeploy.runtime.buckets import MIN_SIZE, StepSizes, captured_sizes, padded_sizes
-from autodeploy.runtime.caches import allocate_caches
+from autodeploy.runtime.caches import allocate_caches, check_memory
 from autodeploy.runtime.capture import CapturedStep, CudaGraphs, Graphs, Step
-from autodeploy.runtime.detokenizer import Detokenizer, Tokenizer
+from autodeploy.runtime.detokenizer import Decoder, Detokenizer, Tokenizer
+from autodeploy.runtime.outputs import EngineStats, StepOutputs
 from autodeploy.runtime.packer import Packer
 from autodeploy.runtime.pages import BlockTables
-from autodeploy.runtime.requests import Request, SamplingParams, Status, as_prompt, make_request
-from autodeploy.runtime.sampler import best_tokens, sample_tokens
+from autodeploy.runtime.prompts import Prompt, as_token_ids
+from autodeploy.runtime.requests import Request, RequestOutput, SamplingParams, Status, make_request
+from autodeploy.runtime.sampler import NO_TOKEN, best_tokens, sample_tokens
 from autodeploy.runtime.scheduler import Batch, Scheduler
 from autodeploy.runtime.staging import Fetch, Link, Staging
+from autodeploy.runtime.turns import Turns
 
-
-class StepOutput(NamedTuple):
-    """What one step gave to one request; `text` is what has become certain since it was last asked for."""
-
-    request: Request
-    token_id: int
-    text: str
-    finished: bool
-
-
-@dataclass
-class StepOutputs:
-    """What one step gave: `token_ids` [k] int64 to `requests`.
-
-    Iterating over it asks each request for its text, which takes longer than all the rest.
-    """
-
-    requests: Sequence[Request] = ()
-    token_ids: np.ndarray = field(default_factory=lambda: np.empty(0, dtype=np.int64))
-
-    def __len__(self) -> int:
-        return len(self.requests)
-
-    def __iter__(self) -> Iterator[StepOutput]:
-        for request, token in zip(self.requests, self.token_ids.tolist(), strict=True):
-            yield StepOutput(request, token, request.take_text(), request.status is Status.FINISHED)
-
-
-@dataclass
-class EngineStats:
-    """Totals since the engine was made; over `num_steps` they are averages per step.
-
-    `host_seconds` is the time around the compiled step and the sampling: scheduling, packing, starting the copy,
-    bookkeeping. Host-to-device copies are one per step, and one more where a request is not greedy.
-    """
-
-    num_steps: int = 0
-    num_tokens: int = 0
-    num_preemptions: int = 0
-    num_host_to_device_copies: int = 0
-    host_to_device_bytes: int = 0
-    host_seconds: float = 0.0
+_log = logging.getLogger(__name__)
 
 
 class Engine:
@@ -75,7 +38,14 @@ class Engine:
 
     `cache_specs` are in the order of the step's cache arguments. `num_pages` is per KV group, scratch page included.
     On a CUDA device decode steps run as CUDA graphs, made by `graphs` where it is given, unless `cuda_graphs` is False.
-    Single-threaded: `add`, `cancel` and `step` are to be called from one thread.
+    `vocab_size` is the number of rows of the model's embedding: a token id beyond it would be an error of the step.
+
+    Threads share the steps. Every method may be called from any thread: one steps at a time, with everybody's requests
+    in the batch. What a request has is to be read by its owner through `read`, or once it has ended.
+
+    A request fails alone, with `error` set: where its logits are no numbers, where the tokenizer raises, and where the
+    step raises for it. A step that raises for several is repeated for each of them alone. An AutodeployError of the
+    step is about the engine, not about a request, and is raised to the caller.
     """
 
     def __init__(
@@ -93,18 +63,27 @@ class Engine:
         tokenizer: Tokenizer | None = None,
         cuda_graphs: bool = True,
         graphs: Graphs | None = None,
+        vocab_size: int | None = None,
     ) -> None:
-        for name, value in (("max_model_len", max_model_len), ("max_num_seqs", max_num_seqs)):
-            if value < 1:
-                raise OptionError(f"{name} is {value}", where="Engine", fix="it must be at least 1")
         device = torch.device(device)
+        sizes = {"max_num_seqs": max_num_seqs, "max_num_tokens": max_num_tokens, "max_model_len": max_model_len}
+        _check_sizes(num_pages, **sizes)
+        check_memory(cache_specs, layout_spec, device, num_pages=num_pages, **sizes)
         max_pages = max(MIN_SIZE, -(-max_model_len // layout_spec.page_size))
         max_rows = max(MIN_SIZE, max_num_seqs)
         self.stats = EngineStats()
         self._step = step
         self._spec = layout_spec
         self._eos_token_ids = frozenset(eos_token_ids)
-        self._tokenizer = tokenizer
+        self._decoder = Decoder(tokenizer) if tokenizer else None
+        self._vocab_size = vocab_size
+        # How many steps have begun: whoever reads sees by it whether somebody has stepped for him.
+        self.clock = 0
+        self.first_token_at = 0.0
+        # Requests come and go at any time; the lists are taken in by who has the turn.
+        self._turns = Turns()
+        self._arriving: deque[Request] = deque()
+        self._leaving: deque[Request] = deque()
         self._tables = BlockTables(layout_spec, num_pages, max_num_seqs, max_pages)
         self._scheduler = Scheduler(self._tables, max_num_tokens=max_num_tokens, max_model_len=max_model_len)
         link = Link(device)
@@ -123,61 +102,153 @@ class Engine:
     @property
     def has_work(self) -> bool:
         """Whether any request is not finished."""
-        return bool(self._scheduler.waiting or self._scheduler.running)
+        return bool(self._arriving or self._scheduler.waiting or self._scheduler.running)
 
-    def add(self, prompt_token_ids: ArrayLike, params: SamplingParams) -> Request:
-        """Queue one request; raises as `add_many` does."""
-        return self.add_many([prompt_token_ids], [params])[0]
+    def add(self, prompt: Prompt, params: SamplingParams) -> Request:
+        """Queue one request; raises as `make_requests` does."""
+        return self.add_many([prompt], [params])[0]
 
-    def add_many(self, prompts: Sequence[ArrayLike], params: Sequence[SamplingParams]) -> list[Request]:
-        """Queue requests, all or, where one is refused, none.
-
-        Raises RequestTooLong for one that could never end, OptionError for a prompt that is not token ids or for stop
-        strings without a tokenizer.
-        """
-        checked = [(as_prompt(prompt), each) for prompt, each in zip(prompts, params, strict=True)]
-        for prompt, each in checked:
-            self._scheduler.check_length(len(prompt), each.max_tokens)
-            if each.stop and self._tokenizer is None:
-                raise OptionError("stop strings without a tokenizer", fix="give the engine a tokenizer")
-        requests = [make_request(prompt, each, self._detokenizer(each)) for prompt, each in checked]
-        self._scheduler.add(requests)
+    def add_many(self, prompts: Sequence[Prompt], params: Sequence[SamplingParams]) -> list[Request]:
+        """Queue requests, all or, where one is refused, none."""
+        requests = self.make_requests(prompts, params)
+        self.submit(requests)
         return requests
 
-    def cancel(self, request: Request) -> None:
-        """End a request now and free what it owns; nothing happens to one that is finished."""
-        self._scheduler.finish(request, "cancelled")
+    def make_requests(self, prompts: Sequence[Prompt], params: Sequence[SamplingParams]) -> list[Request]:
+        """Requests for `submit`.
+
+        Raises RequestTooLong for one that could never end, OptionError for a prompt that is not token ids of the
+        model or for stop strings without a tokenizer.
+        """
+        checked = [(as_token_ids(prompt, self._vocab_size), each) for prompt, each in zip(prompts, params, strict=True)]
+        for prompt, each in checked:
+            self._scheduler.check_length(len(prompt), each.max_tokens)
+            if each.stop and self._decoder is None:
+                raise OptionError("stop strings without a tokenizer", fix="give the engine a tokenizer")
+        return [make_request(prompt, each, self._detokenizer(each)) for prompt, each in checked]
+
+    def submit(self, requests: Iterable[Request]) -> None:
+        """Queue requests, each of them once."""
+        self._arriving.extend(requests)
+
+    def cancel(self, *requests: Request) -> None:
+        """End requests and free what they own, now or, while a step runs, behind it. Nothing happens to finished ones.
+
+        Never waits, so that a finalizer may call it.
+        """
+        self._leaving.extend(requests)
+        self._settle()
+
+    def run(self, requests: Sequence[Request]) -> list[RequestOutput]:
+        """Queue `requests` and step until all have ended, maybe in others' steps; cancelled if this is interrupted."""
+        self.submit(requests)
+        try:
+            while not self._run_on(requests):
+                self._settle()
+        except BaseException:
+            self.cancel(*requests)
+            raise
+        self._settle()
+        return [request.output() for request in requests]
+
+    def read(self, requests: Sequence[Request], clock: int) -> tuple[list[str], int, bool]:
+        """The new text of each request, the engine's clock, and whether all have ended; steps if nobody has since."""
+        with self._turns:
+            if self.clock == clock:
+                self._make_step()
+            texts = [request.take_text() for request in requests]
+            self._leaving += [request for request in requests if request.error]
+            seen = texts, self.clock, all(request.status is Status.FINISHED for request in requests)
+        self._settle()
+        return seen
 
     def step(self) -> StepOutputs:
         """Run one step; returns what each request got that got a token. Nothing if there was nothing to do.
 
-        If the step raises, so does this, and every running request waits again with the tokens it had.
+        If this raises, every running request waits again with the tokens it had.
         """
+        with self._turns:
+            outputs = self._make_step()
+        self._settle()
+        return outputs
+
+    def _run_on(self, requests: Sequence[Request]) -> bool:
+        """One step, unless all `requests` have ended."""
+        with self._turns:
+            if all(request.status is Status.FINISHED for request in requests):
+                return True
+            self._make_step()
+        return False
+
+    def _settle(self) -> None:
+        """Let those go who leave, unless somebody has the turn, who will."""
+        while self._leaving and self._turns.try_enter():
+            try:
+                self._take_in()
+                while self._leaving:
+                    self._scheduler.finish(self._leaving.popleft(), "cancelled")
+            finally:
+                self._turns.__exit__()
+
+    def _take_in(self) -> None:
+        while self._arriving:
+            self._scheduler.add([self._arriving.popleft()])
+
+    def _make_step(self) -> StepOutputs:
+        self._take_in()
         if not self.has_work:
             return StepOutputs()
+        self.clock += 1
         start = perf_counter()
         batch = self._scheduler.schedule()
         try:
-            sizes, is_captured = self._sizes(batch), self._is_captured(batch)
-            arena = self._staging.graph_arena() if is_captured else self._staging.next_arena()
-            nested = self._packer.pack(batch, sizes, arena)
-            inputs = nested if is_captured else self._staging.send(nested)
-            launched = perf_counter()
-            with torch.no_grad():
-                tokens, sampler_bytes = self._compute(batch, sizes, inputs)
-            if is_captured:
-                self._staging.landed()
+            try:
+                run = self._run(batch)
+            except AutodeployError:
+                raise
+            except Exception as error:  # a model or a kernel may raise anything
+                self._blame(batch, error)
+                return StepOutputs()
             returned = perf_counter()
             self._scheduler.commit(batch)
-            outputs = self._advance(batch, tokens)
+            outputs = self._advance(batch, run.tokens)
         except BaseException:
             self._scheduler.put_back()
             raise
-        self._count(batch.num_tokens, inputs, sampler_bytes, launched - start + perf_counter() - returned)
+        self.first_token_at = self.first_token_at or returned
+        self._count(batch.num_tokens, run, run.launched - start + perf_counter() - returned)
         return outputs
 
+    def _run(self, batch: Batch) -> _Run:
+        """Pack, send and compute the step."""
+        sizes, is_captured = self._sizes(batch), self._is_captured(batch)
+        arena = self._staging.graph_arena() if is_captured else self._staging.next_arena()
+        nested = self._packer.pack(batch, sizes, arena)
+        inputs = nested if is_captured else self._staging.send(nested)
+        launched = perf_counter()
+        with torch.no_grad():
+            tokens, sampler_bytes = self._compute(batch, sizes, inputs)
+        if is_captured:
+            self._staging.landed()
+        return _Run(tokens, launched, inputs.buffer.nbytes, sampler_bytes)
+
+    def _blame(self, batch: Batch, error: Exception) -> None:
+        """After a step that raised: one request ends by it, of several each runs alone."""
+        self.stats.num_failed_steps += 1
+        if len(batch.requests) > 1:
+            _log.warning("a step raised for %d requests, each now runs alone", len(batch.requests), exc_info=error)
+            self._scheduler.run_alone(batch.requests)
+            return
+        self._fail(batch.requests[0], f"its step raised {type(error).__name__}: {error}", error)
+        self._scheduler.put_back()
+
+    def _fail(self, request: Request, what: str, cause: Exception | None = None) -> None:
+        _log.warning("a request fails: %s", what, exc_info=cause)
+        request.fail(what, cause)
+        self._scheduler.finish(request, "error")
+
     def _detokenizer(self, params: SamplingParams) -> Detokenizer | None:
-        return Detokenizer(self._tokenizer, params.stop) if self._tokenizer else None
+        return Detokenizer(self._decoder, params.stop) if self._decoder else None
 
     def _is_captured(self, batch: Batch) -> bool:
         return self._captured is not None and batch.is_decode
@@ -215,26 +286,57 @@ class Engine:
     def _advance(self, batch: Batch, tokens: np.ndarray) -> StepOutputs:
         """Give the requests of a batch their tokens, and end those for which it was the last."""
         is_last = self._scheduler.append(batch, tokens)
-        is_eos = np.zeros(len(tokens), dtype=bool)
+        may_end = tokens == NO_TOKEN
         for eos in self._eos_token_ids:
-            is_eos |= tokens == eos
-        is_eos &= batch.heeds_eos
-        for place in (is_last | is_eos).nonzero()[0].tolist():
+            may_end |= tokens == eos
+        failed = []
+        for place in (is_last | may_end).nonzero()[0].tolist():
             request = batch.sampled[place]
-            request.ends_with_eos = bool(is_eos[place])
-            self._scheduler.finish(request, "stop" if is_eos[place] else "length")
-        # Behind all else: a tokenizer may raise, and by now every request has its token.
+            if tokens[place] == NO_TOKEN:
+                failed.append(place)
+                self._fail(request, "the largest of its logits is NaN or infinite")
+                request.drop_last_token()
+                continue
+            request.ends_with_eos = bool(may_end[place]) and not request.params.ignore_eos
+            if request.ends_with_eos or is_last[place]:
+                self._scheduler.finish(request, "stop" if request.ends_with_eos else "length")
+        # Behind all else, where every request has its token.
         for request in batch.with_stop_strings:
-            if request.is_stopped():
-                self._scheduler.finish(request, "stop")
-                request.finish_reason = "stop"  # also where it was its last token
-        return StepOutputs(batch.sampled, tokens)
+            self._heed_text(request)
+        if not failed:
+            return StepOutputs(batch.sampled, tokens)
+        good = np.delete(np.arange(len(tokens)), failed)
+        return StepOutputs([batch.sampled[place] for place in good], tokens[good])
 
-    def _count(self, num_tokens: int, inputs: Nested, sampler_bytes: int, host_seconds: float) -> None:
+    def _heed_text(self, request: Request) -> None:
+        """End a request whose text has come to a stop string, or whose tokenizer has raised."""
+        if request.is_stopped():
+            self._scheduler.finish(request, "stop")
+            request.finish_reason = "stop"  # also where it was its last token
+        elif request.error:
+            self._scheduler.finish(request, "error")
+
+    def _count(self, num_tokens: int, run: _Run, host_seconds: float) -> None:
         stats = self.stats
         stats.num_steps += 1
         stats.num_tokens += num_tokens
         stats.num_preemptions = self._scheduler.num_preemptions
-        stats.num_host_to_device_copies += 1 + (sampler_bytes > 0)
-        stats.host_to_device_bytes += inputs.buffer.nbytes + sampler_bytes
+        stats.num_host_to_device_copies += 1 + (run.sampler_bytes > 0)
+        stats.host_to_device_bytes += run.inputs_bytes + run.sampler_bytes
         stats.host_seconds += host_seconds
+
+
+def _check_sizes(num_pages: Sequence[int], **sizes: int) -> None:
+    for name, value in sizes.items():
+        integer(name, value, least=1, where="Engine")
+    for count in num_pages:
+        integer("num_pages", count, least=2, where="Engine", also="scratch and one more for each KV group, ")
+
+
+class _Run(NamedTuple):
+    """A step that has run: tokens [k] int64 of `batch.sampled`, when it was launched, bytes sent to the device."""
+
+    tokens: np.ndarray
+    launched: float
+    inputs_bytes: int
+    sampler_bytes: int

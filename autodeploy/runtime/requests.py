@@ -2,20 +2,21 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass, field
 from enum import Enum
-from typing import Literal
+from traceback import clear_frames
+from typing import Any, Literal
 
 import numpy as np
 import torch
-from numpy.typing import ArrayLike
 
-from autodeploy.errors import OptionError
+from autodeploy.arguments import flag, integer, number, refusal
+from autodeploy.errors import AutodeployError, RequestFailed
 from autodeploy.runtime.detokenizer import Detokenizer
 
-FinishReason = Literal["stop", "length", "cancelled"]
+FinishReason = Literal["stop", "length", "cancelled", "error"]
 NUM_TOKENS, NUM_COMPUTED = 0, 1
+_WHERE = "SamplingParams"
 
 
 @dataclass(frozen=True)
@@ -36,28 +37,29 @@ class SamplingParams:
     ignore_eos: bool = False
 
     def __post_init__(self) -> None:
-        stop = (self.stop,) if isinstance(self.stop, str) else tuple(self.stop)
-        object.__setattr__(self, "stop", stop)
-        _require(_is_int(self.max_tokens) and self.max_tokens >= 1, "max_tokens", self.max_tokens, "an integer >= 1")
-        _require(_is_finite(self.temperature) and self.temperature >= 0, "temperature", self.temperature, "0 or more")
-        _require(_is_int(self.top_k) and self.top_k >= 0, "top_k", self.top_k, "an integer >= 0, 0 for all tokens")
-        _require(_is_finite(self.top_p) and 0 < self.top_p <= 1, "top_p", self.top_p, "in (0, 1]")
-        valid_seed = self.seed is None or (_is_int(self.seed) and 0 <= self.seed < 2**63)
-        _require(valid_seed, "seed", self.seed, "None or an integer in [0, 2**63)")
-        _require(all(isinstance(text, str) and text for text in stop), "stop", self.stop, "strings that are not empty")
+        checked = {
+            "max_tokens": integer("max_tokens", self.max_tokens, least=1, where=_WHERE),
+            "temperature": number("temperature", self.temperature, where=_WHERE),
+            "top_k": integer("top_k", self.top_k, least=0, where=_WHERE),
+            "top_p": number("top_p", self.top_p, where=_WHERE),
+            "stop": _stop_strings(self.stop),
+            "ignore_eos": flag("ignore_eos", self.ignore_eos, where=_WHERE),
+        }
+        if self.seed is not None:
+            checked["seed"] = integer("seed", self.seed, least=0, end=2**63, where=_WHERE, also="None or ")
+        if checked["temperature"] < 0:
+            raise refusal("temperature", self.temperature, "0 or more", _WHERE)
+        if not 0 < checked["top_p"] <= 1:
+            raise refusal("top_p", self.top_p, "in (0, 1]", _WHERE)
+        for name, value in checked.items():
+            object.__setattr__(self, name, value)
 
 
-def _is_int(value: object) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool)
-
-
-def _is_finite(value: object) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
-
-
-def _require(valid: bool, name: str, value: object, rule: str) -> None:
-    if not valid:
-        raise OptionError(f"{name} is {value!r}", where="SamplingParams", fix=f"it must be {rule}")
+def _stop_strings(stop: Any) -> tuple[str, ...]:
+    texts = (stop,) if isinstance(stop, str) else stop
+    if not isinstance(texts, tuple | list) or not all(isinstance(text, str) and text for text in texts):
+        raise refusal("stop", stop, "a string, or a tuple of strings, none of them empty", _WHERE)
+    return tuple(texts)
 
 
 class Status(Enum):
@@ -70,12 +72,16 @@ class Status(Enum):
 
 @dataclass(frozen=True)
 class RequestOutput:
-    """A request's result: `token_ids` are the generated ones, `text` is theirs ("" without a tokenizer)."""
+    """A request's result: `token_ids` are the generated ones, `text` is theirs ("" without a tokenizer).
+
+    Where `finish_reason` is "error", `error` says why, and the tokens and the text are those before it.
+    """
 
     token_ids: tuple[int, ...]
     text: str
     finish_reason: FinishReason | None
     prompt_token_ids: tuple[int, ...]
+    error: AutodeployError | None = None
 
 
 @dataclass(eq=False)
@@ -96,8 +102,9 @@ class Request:
     status: Status = Status.WAITING
     row: int = -1
     finish_reason: FinishReason | None = None
+    error: AutodeployError | None = None
     ends_with_eos: bool = False
-    _text: str = ""
+    _pieces: list[str] = field(default_factory=list)
     _num_decoded: int = field(init=False)
     _num_taken: int = 0
 
@@ -127,22 +134,41 @@ class Request:
     def text(self) -> str:
         """The text that is certain by now ("" without a tokenizer), all of it once the request has ended."""
         self._decode()
-        return self._text
+        return "".join(self._pieces)
 
     def _decode(self) -> None:
+        """Text of the tokens that have none yet. Where the tokenizer raises, there is no more, and `error` is set."""
         if self.detokenizer is None:
             return
-        for token in self.tokens[self._num_decoded : self.num_tokens - self.ends_with_eos].tolist():
-            self._text += self.detokenizer.push(token)
-            self._num_decoded += 1
-        if self.status is Status.FINISHED:
-            self._text += self.detokenizer.flush()
+        try:
+            for token in self.tokens[self._num_decoded : self.num_tokens - self.ends_with_eos].tolist():
+                self._num_decoded += 1
+                if piece := self.detokenizer.push(token):
+                    self._pieces.append(piece)
+            if self.status is Status.FINISHED and (rest := self.detokenizer.flush()):
+                self._pieces.append(rest)
+        except Exception as error:  # a tokenizer of the user's may raise anything
+            self.detokenizer = None
+            self.fail(f"the tokenizer raised {type(error).__name__}: {error}", error)
+
+    def fail(self, what: str, cause: Exception | None = None) -> None:
+        """Set `error`, unless there is one already; who calls this has to end the request."""
+        if self.error is None:
+            where = f"a request of {len(self.prompt_token_ids)} prompt tokens, at token {self.num_tokens}"
+            self.error = RequestFailed(what, where=where)
+            self.error.__cause__ = cause
+            # The lines stay, and what they worked on goes: a result that is kept would keep a step's tensors.
+            clear_frames(cause.__traceback__ if cause else None)
+
+    def drop_last_token(self) -> None:
+        """Forget the last token, of a request that has ended."""
+        self.counts[NUM_TOKENS] -= 1
 
     def take_text(self) -> str:
         """The text that has become certain since it was last taken."""
-        text = self.text
-        taken, self._num_taken = self._num_taken, len(text)
-        return text[taken:]
+        self._decode()
+        taken, self._num_taken = self._num_taken, len(self._pieces)
+        return "".join(self._pieces[taken:])
 
     def is_stopped(self) -> bool:
         """Whether its text has come to a stop string."""
@@ -151,21 +177,13 @@ class Request:
 
     def output(self) -> RequestOutput:
         """The result so far."""
-        return RequestOutput(self.token_ids, self.text, self.finish_reason, self.prompt_token_ids)
-
-
-def as_prompt(token_ids: ArrayLike) -> np.ndarray:
-    """`token_ids` as an array; raises OptionError for anything but a non-empty list of token ids."""
-    prompt = np.asarray(token_ids)
-    if prompt.ndim != 1 or not prompt.size or prompt.dtype.kind not in "iu":
-        raise OptionError(f"a prompt of dtype {prompt.dtype}, shape {prompt.shape}", fix="give a list of token ids")
-    if prompt.min() < 0 or prompt.max() >= 2**31:
-        raise OptionError(f"a prompt with token ids from {prompt.min()} to {prompt.max()}", fix="give token ids")
-    return prompt
+        text = self.text  # decoding may raise
+        reason = self.finish_reason if self.error is None else "error"
+        return RequestOutput(self.token_ids, text, reason, self.prompt_token_ids, self.error)
 
 
 def make_request(prompt: np.ndarray, params: SamplingParams, detokenizer: Detokenizer | None) -> Request:
-    """A waiting request for a prompt from `as_prompt`."""
+    """A waiting request for a prompt from `as_token_ids`."""
     generator = None
     if params.temperature > 0:
         seed = int(torch.randint(2**63 - 1, ())) if params.seed is None else params.seed

@@ -9,11 +9,13 @@ from torch import Tensor
 
 from autodeploy.runtime.requests import Request
 
+# Of a row whose largest logit is NaN or infinite: no number says which token is the best, and none may be drawn.
+NO_TOKEN = -1
 _SMALLEST_PART, _LARGEST_PART = 16, 512
 
 
 def best_tokens(logits: Tensor) -> Tensor:
-    """The first of each row's largest logits: [S, V] -> [S] int64.
+    """The first of each row's largest logits, or NO_TOKEN: [S, V] -> [S] int64.
 
     A GPU gives a row to one of its many processors, and few rows leave the others idle: 37 us for 2 rows of 128,256 on
     an H100. So there each row is cut into parts first.
@@ -21,22 +23,27 @@ def best_tokens(logits: Tensor) -> Tensor:
     vocabulary = logits.shape[-1]
     part = min(vocabulary & -vocabulary, _LARGEST_PART)
     if logits.device.type == "cpu" or part < _SMALLEST_PART:
-        return logits.argmax(dim=-1)
+        return _or_none(*logits.max(dim=-1))
     return best_of_parts(logits, part)
 
 
 def best_of_parts(logits: Tensor, part: int) -> Tensor:
     """The same, from the best of each `part` logits in a row; V is a multiple of `part`."""
     best, place = logits.unflatten(-1, (-1, part)).max(dim=-1)
-    first = best.argmax(dim=-1, keepdim=True)
-    return (first * part + place.gather(1, first)).squeeze(1)
+    best, first = best.max(dim=-1, keepdim=True)
+    return _or_none(best, first * part + place.gather(1, first)).squeeze(1)
+
+
+def _or_none(best: Tensor, token: Tensor) -> Tensor:
+    """NO_TOKEN in place of `token` where the largest logit is NaN, which is larger than all numbers, or infinite."""
+    return torch.where(best.abs() < torch.inf, token, NO_TOKEN)
 
 
 def sample_tokens(logits: Tensor, rows: Sequence[int], requests: Sequence[Request]) -> tuple[Tensor, int]:
     """The next tokens [R] int64 of `requests`, none of them greedy, whose logits are `rows` of `logits` [S, V].
 
     A request's random number comes from its own generator, so its choice does not depend on the rest of the batch.
-    Also returns the bytes copied to the device.
+    NO_TOKEN where `best_tokens` gives it. Also returns the bytes copied to the device.
     """
     drawn = zip(rows, requests, strict=True)
     settings_R5 = torch.tensor([_settings(row, r, logits.shape[-1]) for row, r in drawn], dtype=torch.float64)
@@ -57,8 +64,9 @@ def _sample(
 ) -> Tensor:
     """One token per row [R] int64, by inverting the distribution function in vocabulary order."""
     logits_RV = logits_RV.double()
+    best_R1 = logits_RV.amax(dim=-1, keepdim=True)
     # The best score is 0, so that no temperature, however low, overflows.
-    scores_RV = (logits_RV - logits_RV.amax(dim=-1, keepdim=True)) / temperature[:, None]
+    scores_RV = (logits_RV - best_R1) / temperature[:, None]
     if filtered:
         threshold_R1 = _lowest_kept(scores_RV, top_k[:, None], top_p[:, None])
         scores_RV = scores_RV.masked_fill(scores_RV < threshold_R1, -torch.inf)
@@ -67,7 +75,7 @@ def _sample(
     token_R1 = torch.searchsorted(cumulative_RV, uniform[:, None] * total_R1, right=True)
     # Rounding may carry the product up to the total, past the last token that has any probability.
     last_R1 = torch.searchsorted(cumulative_RV, total_R1.contiguous())
-    return torch.minimum(token_R1, last_R1).squeeze(1)
+    return _or_none(best_R1, torch.minimum(token_R1, last_R1)).squeeze(1)
 
 
 def _lowest_kept(scores_RV: Tensor, top_k_R1: Tensor, top_p_R1: Tensor) -> Tensor:
@@ -79,4 +87,5 @@ def _lowest_kept(scores_RV: Tensor, top_k_R1: Tensor, top_p_R1: Tensor) -> Tenso
     before_RV = probability_RV.cumsum(dim=-1) - probability_RV
     # top_p = 1 keeps all, also where rounding lets the sum reach 1 before the end.
     kept_RV = best_RV & ((before_RV < top_p_R1) | (top_p_R1 >= 1))
-    return sorted_RV.gather(1, kept_RV.sum(dim=-1, keepdim=True) - 1)
+    # The best is always kept, but NaN compares as if it were not.
+    return sorted_RV.gather(1, kept_RV.sum(dim=-1, keepdim=True).clamp(min=1) - 1)

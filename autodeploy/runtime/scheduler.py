@@ -9,6 +9,9 @@ so every request ends.
 
 Where all that runs decodes and nothing new can start, the next step has the requests of the last one, in the same
 order; such a step is scheduled with a few array operations and without a look at any request.
+
+Where a step has raised, nobody knows for which request. So each of the batch runs alone until it has its token or
+raises by itself: every request gets on or ends, and nobody waits for one that cannot.
 """
 
 from __future__ import annotations
@@ -67,11 +70,6 @@ class Batch:
         return np.array([len(request.tokens) for request in self.sampled])
 
     @cached_property
-    def heeds_eos(self) -> np.ndarray:
-        """[k] Whether an end-of-sequence token ends each sampled request."""
-        return np.array([not request.params.ignore_eos for request in self.sampled], dtype=bool)
-
-    @cached_property
     def drawing(self) -> list[int]:
         """Which of the sampled requests are not greedy."""
         return [index for index, request in enumerate(self.sampled) if request.generator is not None]
@@ -102,6 +100,7 @@ class Scheduler:
         self.running: list[Request] = []
         self.num_preemptions = 0
         self._decoding: Batch | None = None
+        self._alone: list[Request] = []
 
     def check_length(self, prompt_len: int, max_tokens: int) -> None:
         """Raise RequestTooLong for a request that could not end even if it ran alone."""
@@ -128,6 +127,8 @@ class Scheduler:
 
         Gives rows and pages away, but counts no token as computed: `commit` does, once the step has returned.
         """
+        if self._alone:
+            return self._schedule_alone(self._alone[-1])
         batch = self._decoding
         if batch is None or self._may_start(batch.num_tokens):
             return self._schedule_each()
@@ -141,6 +142,8 @@ class Scheduler:
         """Count a step's tokens as computed and free the pages that fell behind a window."""
         batch.context_lens += batch.query_lens
         self.sequences.num_computed[batch.rows] = batch.context_lens
+        if self._alone and len(batch.sampled):
+            self._alone.pop()
         if batch.is_decode:
             batch.longest += 1
             batch.changes += self.tables.drop_each(batch.rows, batch.context_lens)
@@ -166,12 +169,22 @@ class Scheduler:
             self._release(request)
         else:
             self.waiting.remove(request)
+        if request in self._alone:
+            self._alone.remove(request)
         request.status, request.finish_reason = Status.FINISHED, reason
 
     def put_back(self) -> None:
         """Preempt everything that runs: after a failed step nobody knows what the caches hold."""
         while self.running:
             self._preempt(self.running[-1])
+
+    def run_alone(self, requests: Iterable[Request]) -> None:
+        """Preempt everything, and give each of these a token in a step of its own before any other step.
+
+        The youngest first: each then waits in front of those behind it, as before.
+        """
+        self.put_back()
+        self._alone = list(requests)
 
     def _may_start(self, num_scheduled: int) -> bool:
         """Whether a waiting request would start beside `num_scheduled` tokens."""
@@ -187,13 +200,26 @@ class Scheduler:
                 self._grow(request, counts)
         while self._may_start(sum(counts.values())):
             request = self.waiting.popleft()
-            self.sequences.enter(request, self.tables.acquire())
-            request.status = Status.RUNNING
-            self.running.append(request)
+            self._start(request)
             self._grow(request, counts)
         assert counts, "the oldest request can always run"
         ordered = sorted(counts.items(), key=lambda item: item[1] > 1)
         return Batch.of([request for request, _ in ordered], [count for _, count in ordered], self.sequences)
+
+    def _schedule_alone(self, request: Request) -> Batch:
+        """A step of `request` with nothing else in the pools."""
+        if request.status is Status.WAITING:
+            self.put_back()
+            self.waiting.remove(request)
+            self._start(request)
+        counts: dict[Request, int] = {}
+        self._grow(request, counts)
+        return Batch.of([request], [counts[request]], self.sequences)
+
+    def _start(self, request: Request) -> None:
+        self.sequences.enter(request, self.tables.acquire())
+        request.status = Status.RUNNING
+        self.running.append(request)
 
     def _grow(self, request: Request, counts: dict[Request, int]) -> None:
         """Schedule as many tokens of `request` as budget and pages allow, at the cost of younger requests if none.
