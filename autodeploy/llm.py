@@ -94,7 +94,7 @@ class LLM:
         self._timings = Timings()
         flag("compile", compile)
         flag("cuda_graphs", cuda_graphs)
-        max_num_seqs = integer("max_num_seqs", max_num_seqs, least=1)
+        max_num_seqs = integer("max_num_seqs", max_num_seqs, least=1, end=2**31)
         max_num_tokens = _or_none("max_num_tokens", max_num_tokens, least=max_num_seqs, where=_A_TOKEN_EACH)
         num_pages = _or_none("num_pages", num_pages, least=2)
         max_model_len = _or_none("max_model_len", max_model_len, least=2)
@@ -259,7 +259,7 @@ def _memory_for_caches(device: torch.device) -> int:
 
 
 def _or_none(name: str, value: int | None, *, least: int, where: str = "") -> int | None:
-    return None if value is None else integer(name, value, least=least, where=where, also="None or ")
+    return None if value is None else integer(name, value, least=least, end=2**31, where=where, also="None or ")
 
 
 def _model_len(model: PreTrainedModel, wanted: int | None) -> int:

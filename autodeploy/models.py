@@ -26,7 +26,7 @@ _TOKENIZER_FILES = ("tokenizer*", "vocab.*", "*.tiktoken")
 # What transformers dequantizes while it loads.
 _DEQUANTIZED = ("mxfp4",)
 _DEQUANTIZE = "give a folder of plain weights: load it dequantized with transformers, then save_pretrained"
-_REMOTE_CODE = "the folder brings code of its own, which is never run; use a model type that transformers has"
+_REMOTE_CODE = "the folder asks for code that transformers has not, which is never run; use a model type that it has"
 
 
 def print_progress(line: str) -> None:
@@ -131,14 +131,15 @@ def load_model(path: Path, dtype: torch.dtype | None = None) -> tuple[PreTrained
     """
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    settings = _settings(path)
-    _check_quantization(settings, path)
+    _check_settings(_settings(path), path)
     local: dict[str, Any] = {"local_files_only": True, "trust_remote_code": False}
+    # Any will do, as tracing puts another in its place; that of config.json may not be installed.
+    attention = {"attn_implementation": "eager"}
     try:
         with _without_progress_bars():
             # transformers' annotation leaves out that it returns a pair when asked for the loading info.
             loaded: Any = AutoModelForCausalLM.from_pretrained(
-                path, dtype=dtype or "auto", use_safetensors=True, output_loading_info=True, **local
+                path, dtype=dtype or "auto", use_safetensors=True, output_loading_info=True, **attention, **local
             )
             model, info = loaded
         has_tokenizer = any(any(path.glob(pattern)) for pattern in _TOKENIZER_FILES)
@@ -153,6 +154,8 @@ def load_model(path: Path, dtype: torch.dtype | None = None) -> tuple[PreTrained
     # transformers fills absent weights with random numbers and goes on.
     if missing := sorted(info["missing_keys"]):
         raise ModelNotFound(f"{len(missing)} weights are not in the files, {missing[0]} first", where=str(path))
+    if unused := sorted(info["unexpected_keys"]):
+        print_progress(f"{len(unused)} weights in {path} are not of this model and not used, {unused[0]} first")
     packed = [name for name, weight in model.named_parameters() if not weight.is_floating_point()]
     if packed:
         raise UnsupportedFeature(f"the weights are packed, {packed[0]} first", where=str(path), fix=_DEQUANTIZE)
@@ -173,17 +176,20 @@ def _settings(path: Path) -> dict[str, Any]:
     return settings
 
 
-def _check_quantization(settings: dict[str, Any], path: Path) -> None:
-    """Refuse, before a library for it is asked for, what transformers does not turn into plain weights."""
-    text_settings = settings.get("text_config")
-    found = settings.get("quantization_config") or (
-        text_settings.get("quantization_config") if isinstance(text_settings, dict) else None
-    )
-    if not found:
-        return
-    method = found.get("quant_method") if isinstance(found, dict) else found
-    if method not in _DEQUANTIZED:
-        raise UnsupportedFeature(f"the weights are quantized by {method!r}", where=str(path), fix=_DEQUANTIZE)
+def _check_settings(settings: dict[str, Any], path: Path) -> None:
+    """Refuse what makes transformers ask for more libraries, or for a kernel on the hub, which it would run."""
+    for part in (settings, settings.get("text_config")):
+        if not isinstance(part, dict):
+            continue
+        quantization = part.get("quantization_config")
+        method = quantization.get("quant_method") if isinstance(quantization, dict) else quantization
+        if quantization and method not in _DEQUANTIZED:
+            raise UnsupportedFeature(f"the weights are quantized by {method!r}", where=str(path), fix=_DEQUANTIZE)
+        kernels = [key for key, value in part.items() if key.endswith("_implementation") and "/" in str(value)]
+        if kernels:
+            raise UnsupportedFeature(
+                f"{kernels[0]} in config.json is {part[kernels[0]]!r}", where=str(path), fix=_REMOTE_CODE
+            )
 
 
 @contextmanager

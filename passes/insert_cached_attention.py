@@ -41,7 +41,7 @@ class InsertCachedAttention:
 
     def __post_init__(self) -> None:
         if self.page_size is not None:
-            integer("page_size", self.page_size, least=1, where=self.name)
+            integer("page_size", self.page_size, least=1, end=2**31, where=self.name)
         check_backend_choice(self.backend)
 
     def apply(self, gm: fx.GraphModule) -> int:

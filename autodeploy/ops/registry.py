@@ -120,7 +120,9 @@ def check_backend_choice(wanted: str | Mapping[str, str]) -> None:
 
 def _check_name(what: str, name: object, known: set[str]) -> None:
     if not isinstance(name, str):
-        raise OptionError(f"a {what} is given by name, not by {type(name).__name__}", where="backend")
+        raise OptionError(
+            f"a {what} is given by name, not by {type(name).__name__}", fix=f"known: {', '.join(sorted(known))}"
+        )
     if name not in known:
         raise UnknownName(what, name, known)
 
