@@ -15,6 +15,7 @@ ROLE = "autodeploy_role"  # meta of placeholders: "layout", "constant", "tokens"
 CONSTANT = "autodeploy_constant"  # meta of get_attr nodes: tracing made this tensor, it is nobody's to change
 SITE = "autodeploy_site"  # meta of cached attention nodes: the Site they came from
 NEAR_MISS = "autodeploy_near_miss"  # meta of a node that a pass left alone: why
+NUM_POSITIONS = "autodeploy_num_positions"  # meta of a graph: how many positions its model is made for, if it says so
 LOOKED_AT = "autodeploy_looked_at"  # meta of a graph: names of the tensors whose values decided what it became
 _NEAR_MISSES = "autodeploy_near_misses"
 

@@ -45,7 +45,7 @@ ALLOWED = {
     "pipeline": _BASE | _GRAPH | {"metadata"},
     "kernels": _BASE | {"ops", "metadata"},
     "attention_forms": _CORE,
-    "trace": _CORE,
+    "trace": _CORE | {"attention_forms"},
     "report": _CORE,
     "verify": _CORE,
     "runtime": _BASE | {"ops", "metadata"},

@@ -1,27 +1,34 @@
 """Which of the terms added to scores are a mask that has a closed form, found by asking for their values.
 
-A mask that depends on positions, sizes and constants alone is evaluated at several lengths, one of them beyond every
-number in its code, and compared entry by entry with what the canonical op can say in words: everything, causal, a
-window. Where positions are an input, they are asked as 0, 1, 2, ... in every row: a row is one sequence.
+A mask that depends on positions, sizes and constants alone is a function of the places of its query and its key. It is
+compared with what the canonical op can say in words, everything, causal, a window, for all pairs up to the model's
+largest position. Where positions are an input, they are asked as 0, 1, 2, ... in every row: a row is one sequence.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import reduce
+from itertools import product
 from typing import Any
 
 import torch
 from torch import Tensor, fx
 
-from autodeploy.attention_forms.evaluate import Evaluator, Refused, cone, constants, is_positions
+from autodeploy.attention_forms.evaluate import Refused, cone, is_positions
+from autodeploy.attention_forms.places import Value, Values, aten, places_of
 from autodeploy.attention_forms.scores import HIDDEN, Term
+from autodeploy.attention_forms.square import Square
+from autodeploy.attention_forms.unfold import unfolder
+from autodeploy.attention_forms.unfolder import Unfolder
+from autodeploy.graph import NUM_POSITIONS, look_at
 
-_SMALL = (5, 33)
-_MAX_LENGTH = 8200  # a bool [S, S] of this length is 67 MB
-_MAX_CONSTANT = 2**31  # larger ones are ends of slices, not distances
-_ROWS = 2
-_HIDES_A_ROW = "has a mask that hides everything from some query"
+# Where nothing tells how long sequences may be; the longest that models of today are made for is about that.
+LARGEST = 1 << 20
+_MAX_HEADS = 256
+_ROWS = 9
 
 
 @dataclass(frozen=True)
@@ -31,12 +38,35 @@ class Seen:
     causal: bool
     window: int | None = None
 
-    def matrix(self, length: int, device: torch.device) -> Tensor:
-        """[S, S] bool."""
-        index_S = torch.arange(length, device=device)
-        distance_SS = index_S[:, None] - index_S[None, :]
-        seen_SS = distance_SS >= 0 if self.causal else torch.ones_like(distance_SS, dtype=torch.bool)
-        return seen_SS if self.window is None else seen_SS & (distance_SS.abs() < self.window)
+    def value(self, values: Values) -> Value:
+        """The same as a function of places."""
+        distance = values.apply(aten.sub.Tensor, values.query, values.key, dtype=torch.int64)
+        seen = values.constant(torch.tensor([True]), 0)
+        if self.causal:
+            seen = values.apply(aten.ge.Scalar, distance, 0, dtype=torch.bool)
+        if self.window is None:
+            return seen
+        size = values.apply(aten.abs.default, distance, dtype=torch.int64)
+        near = values.apply(aten.lt.Scalar, size, self.window, dtype=torch.bool)
+        return values.apply(aten.logical_and.default, seen, near, dtype=torch.bool)
+
+
+def read_form(square: Square, values: Values, seen: Value) -> Seen | None:
+    """What says in words which pairs the bool `seen` is true of; None where there are no words for it.
+
+    Raises Refused where that cannot be decided.
+    """
+    index_L = torch.arange(square.longest)
+    _, longest = square.at(seen, index_L, index_L)
+    last_L, _ = square.at(seen, index_L[longest - 1 : longest], index_L[:longest])
+    first_L, _ = square.at(seen, index_L[:1], index_L[:longest])
+    num_seen = int(last_L.sum())
+    form = Seen(longest > 1 and not bool(first_L[1:].any()), None if num_seen == longest else num_seen)
+    is_form = values.apply(aten.eq.Tensor, seen, form.value(values), dtype=torch.bool)
+    # Most of what is something else shows so in a few rows, and would take longer to be proved so.
+    row_R = torch.linspace(0, longest - 1, min(longest, _ROWS)).long()
+    is_like, _ = square.at(is_form, row_R[:, None], index_L[None, :longest])
+    return form if num_seen and bool(is_like.all()) and square.holds(is_form) else None
 
 
 class Sizes:
@@ -44,13 +74,13 @@ class Sizes:
 
     def __init__(self, gm: fx.GraphModule) -> None:
         self._symbols: set[Any] = set()
-        self._lengths: set[Any] = set()
+        self.lengths: set[Any] = set()
         for node in gm.graph.find_nodes(op="placeholder"):
             value = node.meta.get("val")
             sizes = [*value.shape] if isinstance(value, Tensor) else [value]
             self._symbols.update(*map(_symbols, sizes))
             if is_positions(node):
-                self._lengths |= _symbols(sizes[-1])
+                self.lengths |= _symbols(sizes[-1])
 
     def at(self, length: Any, asked: int, others: int) -> dict[Any, int]:
         """`asked` for the symbolic `length` and that of positions, `others` for the rest.
@@ -61,7 +91,7 @@ class Sizes:
             return dict.fromkeys(self._symbols, others)
         if not length.node.expr.is_Symbol:
             raise Refused(f"has a length of {length}, which cannot be chosen freely")
-        return dict.fromkeys(self._symbols, others) | dict.fromkeys({length.node.expr, *self._lengths}, asked)
+        return dict.fromkeys(self._symbols, others) | dict.fromkeys({length.node.expr, *self.lengths}, asked)
 
 
 def _symbols(size: Any) -> set[Any]:
@@ -75,109 +105,122 @@ class Masks:
         self._gm = gm
         self._known = known
         self._sizes = sizes
-        self._are_masks: dict[Any, bool] = {}
-        self._answers: dict[Any, Seen | Refused | None] = {}
+        self._values = Values()
+        self._askers: dict[str, tuple[Unfolder, Square]] = {}
 
-    def is_mask(self, term: Term) -> bool:
-        """Whether `term` shows scores or hides them and does nothing else."""
+    def is_mask(self, term: Term, hidden: float = HIDDEN) -> bool:
+        """Whether `term` is known to leave scores as they are or make them as low as `hidden`, and do nothing else."""
         if term.node not in self._known:
             return False
         if term.role != "add":
-            return True
-        key = (term.node, term.factor)
-        if key not in self._are_masks:
-            values = self.values(term)
-            self._are_masks[key] = all(((value == 0) | (value * term.factor <= HIDDEN)).all() for _, value in values)
-        return self._are_masks[key]
+            return term.fill <= hidden
+        shown, low = (self._compared(term, op, limit) for op, limit in ((aten.eq.Scalar, 0), (aten.le.Scalar, hidden)))
+        return self._always(term, shown and low and self._bool(aten.logical_or.default, shown, low))
 
-    def hides(self, term: Term) -> bool:
-        """Whether `term`, which is added, hides anything."""
-        return any((value <= HIDDEN).any() for _, value in self.values(term))
+    def may_hide(self, term: Term) -> bool:
+        """Whether `term`, which is known and added, may hide anything."""
+        return not self._always(term, self._compared(term, aten.gt.Scalar, HIDDEN))
 
-    def check_rows(self, term: Term) -> None:
-        """Raise Refused where `term`, if it is added, hides everything from some query."""
-        if term.role != "add":
-            return
-        if not all((value > HIDDEN).any(-1).all() for _, value in self.values(term)):
-            raise Refused(_HIDES_A_ROW)
-
-    def values(self, term: Term) -> Iterator[tuple[int, Tensor]]:
-        """Each length that is asked, in ascending order, and what `term` is there."""
-        return ((length, self._ask(term, length)) for length in self._lengths([term]))
+    def check_rows(self, terms: Sequence[Term], causal: bool) -> None:
+        """Raise Refused where `terms`, which are known, may hide everything from some query together."""
+        try:
+            seen = reduce(self._and, map(self._visible, terms), Seen(causal).value(self._values))
+            square = self._asker(terms[0])[1] if terms else None
+            each = self._each_head(seen)
+            sees = square is None or all(square.every_query_sees(value) for value in each)
+        except Refused as refused:
+            raise Refused(f"has a mask that may hide everything from some query: it {refused}") from refused
+        if not sees:
+            raise Refused("has a mask that hides everything from some query")
 
     def read(self, terms: Sequence[Term], causal: bool) -> Seen | None:
-        """What a query sees under all of `terms`, which are masks; None where that has no closed form.
-
-        Raises Refused where some query sees nothing.
-        """
-        key = (tuple((term.node, term.role, term.factor) for term in terms), causal)
-        if key not in self._answers:
-            try:
-                self._answers[key] = self._read(terms, causal)
-            except Refused as refused:
-                self._answers[key] = refused
-        answer = self._answers[key]
-        if isinstance(answer, Refused):
-            raise answer
-        return answer
-
-    def _read(self, terms: Sequence[Term], causal: bool) -> Seen | None:
+        """What a query sees under all of `terms`, which are masks; None where that has no closed form."""
         if not terms:
             return Seen(causal)
-        lengths = self._lengths(terms)
-        answers = [self._seen(terms, length, causal) for length in lengths]
-        if not all(seen.any(-1).all() for seen in answers):
-            raise Refused(_HIDES_A_ROW)
-        last = answers[-1].reshape(-1, *answers[-1].shape[-2:])[0]
-        num_seen = int(last[-1].sum())
-        form = Seen(not bool(last[0, 1:].any()), None if num_seen == len(last) else num_seen)
-        if all(bool((seen == form.matrix(seen.shape[-1], seen.device)).all()) for seen in answers):
-            return form
-        return None
+        try:
+            seen = reduce(self._and, map(self._visible, terms), Seen(causal).value(self._values))
+            form = read_form(self._asker(terms[0])[1], self._values, seen)
+        except Refused:
+            return None
+        for term in terms if form else ():
+            self.note(term)
+        return form
 
-    def _seen(self, terms: Sequence[Term], length: int, causal: bool) -> Tensor:
-        """[..., S, S] bool."""
-        seen = Seen(causal).matrix(length, terms[0].node.meta["val"].device)
-        for term in terms:
-            value = self._ask(term, length)
-            if term.role == "drop":
-                value = ~value
-            elif term.role == "add":
-                value = value == 0
-            seen = seen & value
-        return seen
+    def unfold(self, term: Term, places: Sequence[Value]) -> tuple[Value, Square]:
+        """`term` where its dimensions but the last two stand at `places`, and the pairs of those two."""
+        unfold, square = self._asker(term)
+        return unfold(term.node, [*places, self._values.query, self._values.key]), square
 
-    def _ask(self, term: Term, length: int) -> Tensor:
-        # More than one row where that is cheap: what differs from row to row has no closed form.
-        batch = _ROWS if length in _SMALL else 1
-        return Evaluator(self._gm, self._sizes.at(term.shape[-1], length, batch))(term.node)
+    @property
+    def values(self) -> Values:
+        return self._values
 
-    def _lengths(self, terms: Sequence[Term]) -> list[int]:
-        """The lengths to ask at, in ascending order. Raises Refused where they would be too large."""
-        own = terms[0].shape[-1]
-        if not isinstance(own, torch.SymInt):
-            return [own]
-        numbers = [number for term in terms for number in _distances(term.node)]
-        tables = [size for term in terms for size in _table_sizes(term.node)]
-        # Twice the number shows what repeats, such as chunks; for large ones that would be too much memory.
-        longest = max([_SMALL[1], *tables, *(2 * n + 3 if n < _MAX_LENGTH // 8 else n + 3 for n in numbers)])
-        longest = min(longest, _upper_bound(own))
-        if longest > _MAX_LENGTH:
-            raise Refused(f"has a mask with the number {max(numbers + tables)}, too far away to ask")
-        return sorted({length for length in _SMALL if length < longest} | {longest})
+    def note(self, term: Term) -> None:
+        """Note that the values that `term` is made of are part of the graph from now on."""
+        for node in cone(term.node):
+            if node.op == "get_attr":
+                look_at(self._gm, str(node.target))
 
+    def _asker(self, term: Term) -> tuple[Unfolder, Square]:
+        length = term.shape[-1]
+        if str(length) not in self._askers:
+            longest = self._longest(length)
+            same = self._sizes.lengths
+            unfold = unfolder(self._gm, self._known, self._values, length, longest, same_lengths=same)
+            self._askers[str(length)] = unfold, Square(self._values, longest)
+        return self._askers[str(length)]
 
-def _distances(node: fx.Node) -> list[int]:
-    return [abs(int(n)) for n in constants(node) if 1 < abs(n) < _MAX_CONSTANT and n == int(n)]
+    def _longest(self, length: Any) -> int:
+        """The model's largest position, and one."""
+        if not isinstance(length, torch.SymInt):
+            return length
+        upper = length.node.shape_env.bound_sympy(length.node.expr).upper
+        asked = self._gm.meta.get(NUM_POSITIONS, LARGEST)
+        return int(upper) if upper < asked else asked
 
+    def _entry(self, term: Term) -> Value:
+        """The entry of `term` in any head of any row of the batch."""
+        sizes = enumerate(term.shape[:-2])
+        places = [self._values.place(f"dim{dim}", size if isinstance(size, int) else None) for dim, size in sizes]
+        return self.unfold(term, places)[0]
 
-def _table_sizes(node: fx.Node) -> list[int]:
-    """The sizes of the constant matrices that a mask is cut out of: no sequence is longer than its mask."""
-    tables = [arg.meta["val"] for arg in cone(node) if arg.op == "get_attr" and isinstance(arg.meta.get("val"), Tensor)]
-    return [table.shape[-1] for table in tables if table.dim() > 1]
+    def _visible(self, term: Term) -> Value:
+        """A bool: whether `term` hides nothing there."""
+        if term.role == "add":
+            return self._bool(aten.gt.Scalar, self._scaled(term), HIDDEN)
+        entry = self._entry(term)
+        return entry if term.role == "keep" else self._bool(aten.logical_not.default, entry)
 
+    def _scaled(self, term: Term) -> Value:
+        entry = self._entry(term)
+        if term.factor == 1:
+            return entry
+        return self._values.apply(aten.mul.Scalar, entry, term.factor, dtype=entry.dtype, is_scalar=entry.is_scalar)
 
-def _upper_bound(size: torch.SymInt) -> int:
-    """The largest number that the symbol may stand for."""
-    upper = size.node.shape_env.bound_sympy(size.node.expr).upper
-    return int(upper) if upper < _MAX_CONSTANT else _MAX_CONSTANT
+    def _compared(self, term: Term, op: Any, limit: float) -> Value | None:
+        try:
+            return self._bool(op, self._scaled(term), limit)
+        except Refused:
+            return None
+
+    def _always(self, term: Term, value: Value | None) -> bool:
+        try:
+            return value is not None and all(map(self._asker(term)[1].holds, self._each_head(value)))
+        except Refused:
+            return False
+
+    def _each_head(self, value: Value) -> Iterator[Value]:
+        """`value` in each head of those that it depends on."""
+        places = places_of(value) - {self._values.query, self._values.key}
+        heads = sorted(places, key=lambda place: place.name)
+        if any(place.size is None for place in heads) or math.prod(place.size or 1 for place in heads) > _MAX_HEADS:
+            raise Refused("cannot be asked: it differs with the length or the row of the batch")
+        for chosen in product(*(range(place.size or 1) for place in heads)):
+            given = zip(heads, (self._values.constant(torch.tensor([index]), 0) for index in chosen), strict=True)
+            yield self._values.replace(value, dict(given))
+
+    def _bool(self, op: Any, *args: Any) -> Value:
+        return self._values.apply(op, *args, dtype=torch.bool)
+
+    def _and(self, one: Value, other: Value) -> Value:
+        return self._bool(aten.logical_and.default, one, other)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any, NamedTuple
 
 import torch
@@ -91,9 +91,9 @@ class Knowledge(NamedTuple):
     written: set[fx.Node]
 
 
-def learn(gm: fx.GraphModule) -> Knowledge:
-    """What can be told of the nodes of `gm` in one sweep."""
-    found = Knowledge(set(), mutated(gm.graph).values)
+def learn(gm: fx.GraphModule, given: Iterable[fx.Node] = ()) -> Knowledge:
+    """What can be told of the nodes of `gm` in one sweep, where the inputs `given` are known."""
+    found = Knowledge(set(given), mutated(gm.graph).values)
     for node in gm.graph.nodes:
         if node not in found.written and _is_known(gm, node, found.known):
             found.known.add(node)

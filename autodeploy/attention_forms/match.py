@@ -15,13 +15,15 @@ from autodeploy.attention_forms.evaluate import Knowledge, Refused, cone, consta
 from autodeploy.attention_forms.found import Attention
 from autodeploy.attention_forms.heads import Operand, num_heads, peel
 from autodeploy.attention_forms.in_place import is_overtaken
-from autodeploy.attention_forms.linear import read_slopes
+from autodeploy.attention_forms.linear import Alibi, read_alibi
 from autodeploy.attention_forms.scores import HIDDEN, ScoreReader, Scores, Term, drops_nothing, is_cast, keeps_rows
+from autodeploy.attention_forms.unfolder import arguments_of
 
 aten = torch.ops.aten
 SDPA = aten.scaled_dot_product_attention.default
 SOFTMAXES = (aten.softmax.int, aten._softmax.default)
 _PRODUCTS = (aten.matmul.default, aten.bmm.default)
+_FARTHER = 4  # times what a bias adds at most is what a mask must, so that it hides in any case
 _PASSED = (aten.clone.default, aten.contiguous.default, aten.alias.default, aten.detach.default)
 
 
@@ -33,7 +35,7 @@ class Matcher:
         self._reader = ScoreReader(gm, self._known)
         self.sizes = Sizes(gm)
         self._masks = Masks(gm, self._known, self.sizes)
-        self._slopes: dict[Any, Tensor | None] = {}
+        self._alibi: dict[Any, Alibi | None] = {}
 
     def match(self, node: fx.Node, *, hides_rows: bool = False) -> Attention | None:
         """The attention that `node` is the heart of; None where it is not one. Raises Refused with the reason.
@@ -62,7 +64,7 @@ class Matcher:
         return self._attention(output, scores, value, hides_rows=hides_rows)
 
     def _sdpa(self, node: fx.Node) -> Attention:
-        arguments = _arguments(node)
+        arguments = arguments_of(node)
         query, key, value, mask = (arguments[name] for name in ("query", "key", "value", "attn_mask"))
         if arguments["dropout_p"]:
             raise Refused("has dropout; call model.eval() before tracing")
@@ -93,9 +95,7 @@ class Matcher:
         kv_heads = num_heads(key, heads)
         if num_heads(value_operand, kv_heads) != kv_heads or heads % kv_heads:
             raise Refused(f"has {heads} query heads on {kv_heads} key heads and another number of value heads")
-        seen, bias = self._read_terms(scores, hides_rows)
-        slopes = self._read_slopes(scores, seen, bias, heads)
-        bias = bias if slopes is None else []
+        seen, bias, slopes = self._read_terms(scores, hides_rows, heads)
         words = [*scores.words, *_describe(seen, bias), *(["ALiBi"] if slopes is not None else [])]
         words += ["grouped heads"] if kv_heads < heads else []
         found = Attention(
@@ -125,29 +125,36 @@ class Matcher:
             return peeled
         return [peel(*pair, repeats=False) for pair in zip(operands, numbers, strict=True)]
 
-    def _read_terms(self, scores: Scores, hides_rows: bool) -> tuple[Seen, list[Term]]:
-        """What the masks show in words, and the terms that there are no words for."""
+    def _read_terms(self, scores: Scores, hides_rows: bool, heads: int) -> tuple[Seen, list[Term], Tensor | None]:
+        """What the masks show in words, the terms that there are no words for, and [H] slopes if these are ALiBi."""
         terms = [summand for term in scores.terms for summand in self._summands(term)]
         masks = [term for term in terms if self._masks.is_mask(term)]
         bias = [term for term in terms if term not in masks]
         seen = self._masks.read(masks, scores.causal)
-        if hides_rows:
-            for term in bias if seen else terms:
-                self._check_rows(term)
+        slopes = self._read_slopes(scores, seen, masks, bias, heads) if seen else None
+        if seen and slopes is not None:
+            return seen, [], slopes
+        if hides_rows and (bias or seen is None):
+            self._check_rows(terms, scores.causal)
         # Where a bias hides all that a mask shows, the rest must be as low as it was, which a mask in words is not.
         if seen is None or (masks and any(self._may_hide(term) for term in bias)):
-            return Seen(scores.causal), terms
-        return seen, bias
+            return Seen(scores.causal), terms, None
+        return seen, bias, None
 
-    def _read_slopes(self, scores: Scores, seen: Seen, bias: Sequence[Term], num_heads: int) -> Tensor | None:
-        """[H] float32 where `bias` is ALiBi and nothing else."""
+    def _read_slopes(
+        self, scores: Scores, seen: Seen, masks: Sequence[Term], bias: Sequence[Term], num_heads: int
+    ) -> Tensor | None:
+        """[H] float32 where `bias` is ALiBi and nothing else, and reaches nowhere near what `masks` hide."""
         if len(bias) != 1 or bias[0].node not in self._known:
             return None
         has_sinks = scores.sinks is not None
         key = (bias[0].node, bias[0].factor, num_heads, seen, has_sinks)
-        if key not in self._slopes:
-            self._slopes[key] = read_slopes(self._masks, bias[0], num_heads, seen, has_sinks=has_sinks)
-        return self._slopes[key]
+        if key not in self._alibi:
+            self._alibi[key] = read_alibi(self._masks, bias[0], num_heads, seen, has_sinks=has_sinks)
+        alibi = self._alibi[key]
+        if alibi is None or not all(self._masks.is_mask(mask, -_FARTHER * alibi.reach) for mask in masks):
+            return None
+        return alibi.slopes
 
     def _summands(self, term: Term) -> list[Term]:
         """`term` in parts, where a mask and a bias were added to each other first."""
@@ -158,21 +165,23 @@ class Matcher:
             return [term]
         return [summand for part in parts for summand in self._summands(replace(term, node=part))]
 
-    def _check_rows(self, term: Term) -> None:
-        """Refuse a bias that may hide everything from some query, for which SDPA gives zeros."""
-        if term.node in self._known:
-            self._masks.check_rows(term)
-        elif term.role != "add":
-            raise Refused("has a mask that depends on data, and may hide everything from some query")
-        elif self._may_hide(term):
-            raise Refused("has a bias that may hide everything from some query")
+    def _check_rows(self, terms: Sequence[Term], causal: bool) -> None:
+        """Refuse terms that may hide everything from some query, for which SDPA gives zeros."""
+        for term in terms:
+            if term.node in self._known:
+                continue
+            if term.role != "add":
+                raise Refused("has a mask that depends on data, and may hide everything from some query")
+            if self._may_hide(term):
+                raise Refused("has a bias that may hide everything from some query")
+        self._masks.check_rows([term for term in terms if term.node in self._known], causal)
 
     def _may_hide(self, term: Term) -> bool:
         """Whether what `term` adds may be as low as a mask."""
         if term.role != "add":
             return True
         if term.node in self._known:
-            return self._masks.hides(term)
+            return self._masks.may_hide(term)
         sources = [node for node in cone(term.node) if node.op == "placeholder"]
         is_given = any(node.meta["val"].is_floating_point() for node in sources if "val" in node.meta)
         return is_given or any(number <= HIDDEN for number in constants(term.node))
@@ -217,14 +226,6 @@ def _check_used_once(node: fx.Node, output: fx.Node) -> None:
         if len(node.users) > 1:
             raise Refused("has weights that are used elsewhere too")
         node = next(iter(node.users))
-
-
-def _arguments(node: fx.Node) -> dict[str, Any]:
-    target = node.target
-    assert isinstance(target, torch._ops.OpOverload)
-    schema = target._schema.arguments
-    defaults = {arg.name: arg.default_value for arg in schema if arg.has_default_value()}
-    return defaults | dict(zip((arg.name for arg in schema), node.args, strict=False)) | node.kwargs
 
 
 def _check_recorded(operands: Sequence[Operand]) -> None:

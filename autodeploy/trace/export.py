@@ -21,6 +21,7 @@ from torch.utils._sympy.numbers import int_oo
 from autodeploy.aliasing import storages
 from autodeploy.equality import mark_constants
 from autodeploy.errors import AutodeployError, NoAttentionFound, TraceError, UnsupportedFeature, node_location
+from autodeploy.graph import NUM_POSITIONS
 from autodeploy.ops.registry import kind_of
 
 if TYPE_CHECKING:
@@ -53,6 +54,9 @@ def trace(model: PreTrainedModel) -> fx.GraphModule:
     _check_dynamic(program, model)
     gm = _plain(program, model)
     _check_attention(gm, model)
+    num_positions = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    if num_positions:
+        gm.meta[NUM_POSITIONS] = num_positions
     gm.meta[TRACE_SECONDS] = time.perf_counter() - start
     return gm
 

@@ -12,13 +12,13 @@ from torch.fx.experimental.symbolic_shapes import statically_known_true, sym_eq
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
+from autodeploy.attention_forms.asked import LARGEST
 from autodeploy.errors import UnsupportedFeature
 from autodeploy.ops.attention import attention
 from autodeploy.trace.mask import Mask, MaskFunction, mask_marker, read_mask
 
 IMPLEMENTATION = "autodeploy_trace"
 _MASK_ATTRIBUTE = "_autodeploy_mask"
-_DEFAULT_NUM_POSITIONS = 131072
 # Tensors that some layers pass on for other kernels, and that the mask or the canonical op already accounts for.
 _REDUNDANT_TENSORS = frozenset({"position_ids"})
 
@@ -54,7 +54,7 @@ def _mask(
     **_: Any,
 ) -> Tensor:
     """A marker tensor that carries what `mask_function` lets a query see."""
-    num_positions = getattr(config, "max_position_embeddings", None) or _DEFAULT_NUM_POSITIONS
+    num_positions = getattr(config, "max_position_embeddings", None) or LARGEST
     mask = read_mask(mask_function, num_positions)
     if attention_mask is not None:
         mask = Mask(refused="a padding mask that the model derives from its inputs")

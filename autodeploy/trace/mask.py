@@ -12,13 +12,20 @@ from contextlib import nullcontext
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor
+from torch import Tensor, fx
 from torch._guards import detect_fake_mode
 from torch._subclasses.fake_tensor import unset_fake_temporarily
-from torch.fx.experimental.proxy_tensor import disable_proxy_modes_tracing
+from torch.fx.experimental.proxy_tensor import disable_proxy_modes_tracing, make_fx
+
+from autodeploy.attention_forms.asked import Seen, read_form
+from autodeploy.attention_forms.evaluate import Refused, learn
+from autodeploy.attention_forms.places import Values
+from autodeploy.attention_forms.square import Square
+from autodeploy.attention_forms.unfold import unfolder
+from autodeploy.graph import get_attribute
 
 MaskFunction = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
-_NUM_RANDOM_PAIRS = 4096
+_QUERIES, _KEYS = 5, 7  # any two sizes above one that differ
 
 
 @dataclass(frozen=True)
@@ -54,44 +61,37 @@ def read_mask(mask_function: MaskFunction, num_positions: int) -> Mask:
     )
     with symbols, unset_fake_temporarily(), disable_proxy_modes_tracing(), torch._C.DisableTorchFunction():
         try:
-            return _probe(mask_function, num_positions, name)
+            form = _read_form(_traced(mask_function), num_positions)
+        except Refused as refused:
+            return Mask(refused=f"mask {name}, which {refused}")
         except Exception as error:  # the function is foreign code that may read tensors of the batch
             return Mask(refused=f"mask {name} depends on more than positions ({type(error).__name__})")
-
-
-def _probe(mask_function: MaskFunction, num_positions: int, name: str) -> Mask:
-    last = num_positions - 1
-    distance = torch.arange(num_positions)
-    behind = _ask(mask_function, torch.full_like(distance, last), last - distance)
-    ahead = _ask(mask_function, torch.zeros_like(distance), distance)
-    num_seen = int(behind.sum())
-    mask = Mask(causal=not bool(ahead[1:].any()), window=None if num_seen == num_positions else num_seen)
-    queries, keys = _pairs(num_positions, num_seen)
-    answers = torch.cat([behind, ahead, _ask(mask_function, queries, keys)])
-    if not torch.equal(answers, _closed_form(mask, torch.cat([distance, -distance, queries - keys]))):
+    if form is None:
         return Mask(refused=f"mask {name} is neither causal, full nor a sliding window")
-    return mask
+    return Mask(form.causal, form.window)
 
 
-def _ask(mask_function: MaskFunction, queries: Tensor, keys: Tensor) -> Tensor:
-    zeros = torch.zeros_like(queries)
-    return mask_function(zeros, zeros, queries, keys).expand(queries.shape)
+def _traced(mask_function: MaskFunction) -> fx.GraphModule:
+    """The graph of `mask_function`; the indices it takes are [1, 1] for batch and head, [Q, 1] and [1, K]."""
+    zero = torch.zeros(1, 1, dtype=torch.int64)
+    queries, keys = torch.arange(_QUERIES)[:, None], torch.arange(_KEYS)[None, :]
+    return make_fx(mask_function, tracing_mode="fake", _allow_non_fake_inputs=True)(zero, zero, queries, keys)
 
 
-def _closed_form(mask: Mask, distance: Tensor) -> Tensor:
-    seen = torch.ones_like(distance, dtype=torch.bool)
-    if mask.causal:
-        seen = distance >= 0
-    return seen if mask.window is None else seen & (distance.abs() < mask.window)
-
-
-def _pairs(num_positions: int, num_seen: int) -> tuple[Tensor, Tensor]:
-    """Random (query, key) positions: half anywhere, half around the edge of the window."""
-    generator = torch.Generator().manual_seed(0)
-    queries, keys = torch.randint(num_positions, (2, _NUM_RANDOM_PAIRS), generator=generator)
-    near = queries - torch.randint(-2 * num_seen - 2, 2 * num_seen + 2, (_NUM_RANDOM_PAIRS,), generator=generator)
-    near = near.clamp(0, num_positions - 1)
-    return torch.cat([queries, queries]), torch.cat([keys, near])
+def _read_form(gm: fx.GraphModule, num_positions: int) -> Seen | None:
+    """Raises Refused where the function cannot be asked for every pair of positions."""
+    values = Values()
+    places = (values.place("batch"), values.place("head"), values.query, values.key)
+    inputs = dict(zip(gm.graph.find_nodes(op="placeholder"), places, strict=True))
+    for node in gm.graph.find_nodes(op="get_attr"):
+        node.meta["val"] = get_attribute(gm, str(node.target))
+    unfold = unfolder(gm, learn(gm, inputs).known, values, None, num_positions, inputs=inputs)
+    (result,) = gm.graph.output_node().all_input_nodes
+    square = Square(values, num_positions)
+    seen = unfold(result, (values.query, values.key))
+    if square.end_of(seen) < num_positions:
+        raise Refused("reads a tensor that is shorter than the model's largest position")
+    return read_form(square, values, seen)
 
 
 def _describe(mask_function: Callable[..., object]) -> str:
