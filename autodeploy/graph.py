@@ -102,3 +102,14 @@ def get_attribute(gm: torch.nn.Module, target: str) -> Any:
     """The parameter, buffer or constant that a get_attr node names."""
     *path, name = target.split(".")
     return getattr(gm.get_submodule(".".join(path)), name)
+
+
+def is_same_tensor(one: torch.Tensor | None, other: torch.Tensor) -> bool:
+    """Whether two are the same tensor: the same elements of the same memory, read in the same way."""
+    if one is None or one is other:
+        return one is other
+    return one.untyped_storage()._cdata == other.untyped_storage()._cdata and _form(one) == _form(other)
+
+
+def _form(tensor: torch.Tensor) -> tuple[object, ...]:
+    return tensor.storage_offset(), tensor.shape, tensor.stride(), tensor.dtype, tensor.is_conj(), tensor.is_neg()

@@ -10,7 +10,7 @@ from threading import Lock
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, fx
 from transformers import PreTrainedModel
 
 from autodeploy import options
@@ -29,7 +29,7 @@ from autodeploy.runtime.outputs import EngineStats
 from autodeploy.runtime.prompts import Prompt, check_words, split_prompts
 from autodeploy.runtime.requests import Request, RequestOutput, SamplingParams
 from autodeploy.runtime.stream import Stream, TextStream
-from autodeploy.step_cache import load_or_make, step_key
+from autodeploy.step_cache import load_or_make
 from autodeploy.trace import trace
 
 _DEFAULT_MODEL_LEN = 8192
@@ -202,12 +202,14 @@ class LLM:
         )
 
     def _compile(self, steps: list[Pass]) -> _Plan:
-        folder = options.from_environment().cache_dir / "steps" / step_key(self.model, steps)
-        lowered, self.timings.is_warm = load_or_make(folder, lambda: self._lower(steps), print_progress)
+        folder = options.from_environment().cache_dir / "steps"
+        lowered, self.timings.is_warm = load_or_make(
+            folder, self.model, steps, self._trace, lambda gm: self._lower(gm, steps), print_progress
+        )
         return _Plan(lowered.bind(self.model), lowered.layout_spec, lowered.cache_specs, lowered.report)
 
-    def _lower(self, steps: list[Pass]) -> Lowered:
-        result = self._apply(steps)
+    def _lower(self, gm: fx.GraphModule, steps: list[Pass]) -> Lowered:
+        result = self._apply(gm, steps)
         assert result.layout_spec is not None
         print_progress(f"compiling the step ({len(result.module.graph.nodes)} nodes), once for this model")
         start = self._elapsed()
@@ -216,16 +218,20 @@ class LLM:
         return lowered
 
     def _interpret(self, steps: list[Pass]) -> _Plan:
-        result = self._apply(steps)
+        result = self._apply(self._trace(), steps)
         assert result.layout_spec is not None
         return _Plan(result.module, result.layout_spec, result.cache_specs, result.report)
 
-    def _apply(self, steps: list[Pass]) -> Result:
+    def _trace(self) -> fx.GraphModule:
         start = self._elapsed()
         gm = trace(self.model)
         self.timings.trace = self._elapsed() - start
+        return gm
+
+    def _apply(self, gm: fx.GraphModule, steps: list[Pass]) -> Result:
+        start = self._elapsed()
         result = apply(gm, passes=steps)
-        self.timings.passes = self._elapsed() - start - self.timings.trace
+        self.timings.passes = self._elapsed() - start
         return result
 
     def _num_pages(self, plan: _Plan, wanted: int | None, max_num_seqs: int, max_num_tokens: int) -> tuple[int, ...]:

@@ -2,13 +2,16 @@
 
 The compiled step is dynamic in T (tokens), R (rows of the layout) and C (its columns, which hold the pages per
 sequence), so that no batch recompiles it. Compiled code is saved with `Lowered.save` and comes back in a later
-process without tracing, passes or Inductor.
+process without passes or Inductor.
 """
 
 from __future__ import annotations
 
+import io
 import json
-from collections.abc import Callable, Sequence
+import uuid
+import zipfile
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -17,12 +20,24 @@ import torch
 from torch import Tensor, fx, nn
 from torch._guards import TracingContext, tracing
 from torch._inductor import standalone_compile
-from torch._inductor.standalone_compile import CompiledArtifact
+from torch._inductor.standalone_compile import AOTCompiledArtifact
 from torch._subclasses import FakeTensorMode
 from torch.fx.experimental.symbolic_shapes import DimDynamic, ShapeEnv, StatelessSymbolicContext
 
-from autodeploy.graph import PREPARE, copy_module, get_attribute, placeholders, prepare_nodes
+from autodeploy.fingerprint import NotHashable, tensor_bytes
+from autodeploy.graph import (
+    LOOKED_AT,
+    PREPARE,
+    copy_module,
+    get_attribute,
+    is_same_tensor,
+    placeholders,
+    prepare_nodes,
+)
+from autodeploy.graph_key import own_tensors
 from autodeploy.kept import keep_metadata
+from autodeploy.kernel_files import pack, unpack
+from autodeploy.machine import machine_key
 from autodeploy.metadata.layout import LayoutSpec
 from autodeploy.ops.spec import CacheSpec
 from autodeploy.report import Report
@@ -39,9 +54,10 @@ class Lowered:
     are the graph's own and not the model's.
     """
 
-    artifact: CompiledArtifact
+    artifact: AOTCompiledArtifact
     attributes: tuple[str, ...]
     constants: dict[str, Tensor]
+    looked_at: dict[str, str]
     layout_spec: LayoutSpec
     cache_specs: tuple[CacheSpec, ...]
     report: Report
@@ -59,33 +75,47 @@ class Lowered:
 
         return step
 
-    def save(self, folder: Path) -> None:
-        """Write everything to `folder`, which must exist."""
-        self.artifact.save(path=str(folder / "step.bin"), format="binary")
-        torch.save(self.constants, folder / "constants.pt")
+    def save(self) -> bytes:
+        """Everything, as `load` takes it."""
+        artifact, libraries = pack(self.artifact)
+        constants, file = io.BytesIO(), io.BytesIO()
+        torch.save(self.constants, constants)
         meta = {
             "attributes": self.attributes,
+            "looked_at": self.looked_at,
             "layout_spec": asdict(self.layout_spec),
             "cache_specs": [
                 {**asdict(spec), "dtype": str(spec.dtype).removeprefix("torch.")} for spec in self.cache_specs
             ],
             "report": self.report.to_json(),
         }
-        (folder / "step.json").write_text(json.dumps(meta, indent=1))
+        with zipfile.ZipFile(file, "w") as archive:  # which has a checksum of each part
+            archive.writestr("step.json", json.dumps(meta, indent=1))
+            archive.writestr("step.bin", artifact)
+            archive.writestr("constants.pt", constants.getvalue())
+            for name, library in libraries.items():
+                archive.writestr(f"{name}.so", library)
+        return file.getvalue()
 
     @staticmethod
-    def load(folder: Path) -> Lowered:
-        """What `save` wrote; any error means that it does not fit this version and has to be made again."""
-        meta = json.loads((folder / "step.json").read_text())
-        spec = meta["layout_spec"]
-        return Lowered(
-            artifact=CompiledArtifact.load(path=str(folder / "step.bin"), format="binary"),
-            attributes=tuple(meta["attributes"]),
-            constants=torch.load(folder / "constants.pt", weights_only=True),
-            layout_spec=LayoutSpec(**{**spec, "windows": tuple(spec["windows"])}),
-            cache_specs=tuple(_cache_spec(data) for data in meta["cache_specs"]),
-            report=Report.from_json(meta["report"]),
-        )
+    def load(data: bytes, scratch: Path) -> Lowered:
+        """What `save` gave; runs code that is in it. Any error means that it has to be made again.
+
+        `scratch` is an empty folder for libraries; a loaded library does without its file.
+        """
+        with zipfile.ZipFile(io.BytesIO(data)) as archive:
+            archive.extractall(scratch, [name for name in archive.namelist() if name.endswith(".so")])
+            meta = json.loads(archive.read("step.json"))
+            spec = meta["layout_spec"]
+            return Lowered(
+                artifact=unpack(archive.read("step.bin"), scratch),
+                attributes=tuple(meta["attributes"]),
+                constants=torch.load(io.BytesIO(archive.read("constants.pt")), weights_only=True),
+                looked_at=meta["looked_at"],
+                layout_spec=LayoutSpec(**{**spec, "windows": tuple(spec["windows"])}),
+                cache_specs=tuple(_cache_spec(part) for part in meta["cache_specs"]),
+                report=Report.from_json(meta["report"]),
+            )
 
 
 def _cache_spec(data: dict[str, Any]) -> CacheSpec:
@@ -104,10 +134,28 @@ def lower(
     with tracing(TracingContext(fake_mode)), torch.no_grad():
         fakes = [fake_mode.from_tensor(tensor.detach(), static_shapes=True) for tensor in attributes.values()]
         fakes += [_fake(fake_mode, tensor, dims) for tensor, dims in example_inputs]
-        artifact = standalone_compile(lifted, fakes, dynamic_shapes="from_tracing_context", options={})
-    own = dict(model.named_parameters(remove_duplicate=False)) | dict(model.named_buffers(remove_duplicate=False))
-    constants = {name: tensor.detach() for name, tensor in attributes.items() if not _is_same(own.get(name), tensor)}
-    return Lowered(artifact, tuple(attributes), constants, layout_spec, tuple(cache_specs), report)
+        with torch.compiler.config.patch(cache_key_tag=_tag(device)):  # type: ignore[attr-defined]
+            artifact = standalone_compile(lifted, fakes, dynamic_shapes="from_tracing_context", options={}, aot=True)
+    assert isinstance(artifact, AOTCompiledArtifact)
+    own = own_tensors(model)
+    constants = {
+        name: tensor.detach() for name, tensor in attributes.items() if not is_same_tensor(own.get(name), tensor)
+    }
+    looked_at = hashes({name: own[name] for name in gm.meta.get(LOOKED_AT, ()) if name in own})
+    return Lowered(artifact, tuple(attributes), constants, looked_at, layout_spec, tuple(cache_specs), report)
+
+
+def _tag(device: torch.device) -> str:
+    """Keeps the code apart that Inductor keeps itself: its key leaves out the instruction set and our lowerings."""
+    try:
+        return machine_key(device)
+    except NotHashable:
+        return uuid.uuid4().hex  # so that nothing is found
+
+
+def hashes(tensors: Mapping[str, Tensor]) -> dict[str, str]:
+    """The hash of the values of each tensor."""
+    return {name: tensor_bytes(tensor) for name, tensor in sorted(tensors.items())}
 
 
 def lift_attributes(gm: fx.GraphModule) -> tuple[fx.GraphModule, dict[str, Tensor]]:
@@ -174,8 +222,3 @@ def _example_inputs(
 def _fake(mode: FakeTensorMode, tensor: Tensor, dynamic_dims: tuple[int, ...]) -> Tensor:
     sizes = [DimDynamic.DYNAMIC if dim in dynamic_dims else DimDynamic.STATIC for dim in range(tensor.dim())]
     return mode.from_tensor(tensor, symbolic_context=StatelessSymbolicContext(dynamic_sizes=sizes))
-
-
-def _is_same(own: Tensor | None, tensor: Tensor) -> bool:
-    """Whether the graph's tensor is the model's own, so that the model has it in the next process as well."""
-    return own is not None and own.data_ptr() == tensor.data_ptr() and own.shape == tensor.shape

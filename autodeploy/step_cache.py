@@ -1,101 +1,154 @@
-"""Compiled steps kept between processes: made once for a model, a version and a choice of options."""
+"""Compiled steps kept between processes, each found again only by what it was made from.
+
+The key of a step is a hash of the traced graph, the passes and providers with their state, the configuration and the
+machine. A model of an installed library is recognised without tracing (`autodeploy.stock`). A step also carries the
+hashes of those weights whose values were looked at. Whatever cannot be hashed is not kept.
+"""
 
 from __future__ import annotations
 
-import hashlib
-import inspect
-import os
-import shutil
-import tempfile
+import io
+import json
+import zipfile
 from collections.abc import Callable, Sequence
 from functools import cache
 from pathlib import Path
 
 import torch
-import transformers
-from torch._inductor.runtime.cache_dir_utils import temporary_cache_dir
+from torch import fx, nn
 
-from autodeploy.lowering import Lowered
-from autodeploy.ops.registry import backends, field_launcher
+from autodeploy.fingerprint import Fingerprint, NotHashable
+from autodeploy.graph_key import add_graph, own_tensors
+from autodeploy.lowering import Lowered, hashes
+from autodeploy.machine import machine_key
+from autodeploy.metadata import fields
+from autodeploy.ops.registry import backends, field_launcher, kinds
 from autodeploy.pipeline import Pass
+from autodeploy.step_files import StepFolder, UnsafeFolder
+from autodeploy.stock import stock_key
+
+Progress = Callable[[str], None]
+_KEY_LENGTH = 64
 
 
-def step_key(model: transformers.PreTrainedModel, steps: Sequence[Pass]) -> str:
-    """Hash of all that the compiled code depends on: the model's code and configuration, the shapes of its weights,
-    the passes with their options and source, the backends, the device, and the versions of torch and transformers."""
-    digest = hashlib.sha256()
+def load_or_make(
+    path: Path,
+    model: nn.Module,
+    passes: Sequence[Pass],
+    trace: Callable[[], fx.GraphModule],
+    make: Callable[[fx.GraphModule], Lowered],
+    progress: Progress,
+) -> tuple[Lowered, bool]:
+    """The step kept in the folder `path` and True, or a new one, `make(trace())`, then kept there, and False.
 
-    def add(*parts: object) -> None:
-        digest.update(repr(parts).encode())
-
-    add(torch.__version__, transformers.__version__, torch.get_num_threads(), *_device(model.device))
-    add(type(model).__qualname__, model.config.to_json_string(use_diff=False), _source_of(type(model)))
-    for name, tensor in model.state_dict().items():
-        add(name, tuple(tensor.shape), tensor.dtype)
-    add(_package_hash(Path(__file__).parent))
-    for step in steps:
-        add(repr(step), _source_of(type(step)))
-    for backend in backends():
-        add(backend.name, _source_of(type(backend)))
-    add(_source_of(type(field_launcher(model.device))))  # asking for it loads its op, which kept code calls
-    return digest.hexdigest()[:32]
-
-
-def load_or_make(folder: Path, make: Callable[[], Lowered], progress: Callable[[str], None]) -> tuple[Lowered, bool]:
-    """The step in `folder` and True, or a new one from `make`, then kept there, and False.
-
-    Inductor's kernels are kept beside it: an artifact holds their source only, and Inductor's own cache is a temporary
-    folder by default.
+    Two processes that want the same step make it once.
     """
-    with temporary_cache_dir(str(folder.parent / "inductor")):
-        return _load_or_make(folder, make, progress)
+    try:
+        folder = StepFolder(path)
+        environment = environment_key(_device(model), passes)
+    except (UnsafeFolder, OSError) as error:
+        progress(f"no compiled step is read from {path} or kept there: {error}")
+        return make(trace()), False
+    except NotHashable as error:
+        _say_not_kept(str(error), progress)
+        return make(trace()), False
+    return _Search(folder, model, environment, progress).run(trace, make)
 
 
-def _load_or_make(folder: Path, make: Callable[[], Lowered], progress: Callable[[str], None]) -> tuple[Lowered, bool]:
-    if (folder / "step.json").exists():
+def environment_key(device: torch.device, passes: Sequence[Pass]) -> str:
+    """Hash of all that a step on `device` depends on beside the model. Raises NotHashable."""
+    fingerprint = Fingerprint(machine_key(device), list(passes), kinds(), backends(), fields.catalogue())
+    fingerprint.add(field_launcher(device))  # asking for it loads its op, which kept code calls
+    return fingerprint.hexdigest()
+
+
+def graph_key(gm: fx.GraphModule, model: nn.Module, environment: str) -> str:
+    """The key of the step that comes of `gm`, a trace of `model`. Raises NotHashable."""
+    fingerprint = Fingerprint(environment)
+    add_graph(fingerprint, gm, model)
+    return fingerprint.hexdigest()
+
+
+class _Search:
+    """One model's way to its step."""
+
+    def __init__(self, folder: StepFolder, model: nn.Module, environment: str, progress: Progress) -> None:
+        self._folder, self._model, self._environment, self._progress = folder, model, environment, progress
+
+    def run(
+        self, trace: Callable[[], fx.GraphModule], make: Callable[[fx.GraphModule], Lowered]
+    ) -> tuple[Lowered, bool]:
+        stock = stock_key(self._model, self._environment)
+        if stock and (lowered := self._load(self._key_of(stock))):
+            return lowered, True
+        gm = trace()
         try:
-            return Lowered.load(folder), True
-        except Exception as error:  # a file of another version can fail in any way; it is said, and made again
-            progress(f"the compiled step in {folder} cannot be used ({type(error).__name__}: {error}); making it again")
-            shutil.rmtree(folder, ignore_errors=True)
-    lowered = make()
-    _keep(lowered, folder, progress)
-    return lowered, False
+            key = graph_key(gm, self._model, self._environment)
+        except NotHashable as error:
+            _say_not_kept(str(error), self._progress)
+            return make(gm), False
+        with self._folder.lock(key, lambda: self._progress("another process compiles this step; waiting for it")):
+            lowered = self._load(key)
+            is_warm = lowered is not None
+            if lowered is None:
+                lowered = make(gm)
+                self._keep(key, lowered)
+            if stock:
+                self._write(stock, key.encode())
+        return lowered, is_warm
+
+    def _key_of(self, stock: str) -> str:
+        """The key of the graph that a stock model was traced to before; empty where it was not, or is not known."""
+        try:
+            data = self._folder.read(stock) or b""
+        except (UnsafeFolder, OSError):
+            return ""
+        return data.decode() if len(data) == _KEY_LENGTH and data.isalnum() else ""
+
+    def _load(self, key: str) -> Lowered | None:
+        """The kept step of that key that fits the values of the model's weights, if there is one."""
+        names = self._folder.find(f"{key}-") if key else []
+        for name in names:
+            try:
+                data = self._folder.read(name)
+                if data is not None and self._fits(data):
+                    with self._folder.scratch() as scratch:
+                        return Lowered.load(data, scratch)
+            except Exception as error:  # a damaged file can fail in any way; it is said, and made again
+                reason = f"{type(error).__name__}: {error}"
+                self._progress(f"the compiled step {name} cannot be used ({reason}); making it again")
+                return None
+        if names:
+            self._progress("the compiled step was made for other values of weights that decide it; making another")
+        return None
+
+    def _fits(self, data: bytes) -> bool:
+        with zipfile.ZipFile(io.BytesIO(data)) as archive:
+            wanted = json.loads(archive.read("step.json"))["looked_at"]
+        own = own_tensors(self._model)
+        return hashes({name: own[name] for name in wanted}) == wanted
+
+    def _keep(self, key: str, lowered: Lowered) -> None:
+        try:
+            data = lowered.save()
+        except Exception as error:  # Inductor's artifacts refuse in many ways, none of which spoils this run
+            _say_not_kept(f"{type(error).__name__}: {error}", self._progress)
+            return
+        self._write(f"{key}-{Fingerprint(lowered.looked_at).hexdigest()[:16]}", data)
+        self._folder.prune()
+
+    def _write(self, name: str, data: bytes) -> None:
+        try:
+            self._folder.write(name, data)
+        except OSError as error:
+            _say_not_kept(str(error), self._progress)
 
 
-def _keep(lowered: Lowered, folder: Path, progress: Callable[[str], None]) -> None:
-    """Write to a folder beside it and rename, so that no other process sees half of it."""
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    building = Path(tempfile.mkdtemp(prefix=".building-", dir=folder.parent))
-    try:
-        lowered.save(building)
-        os.replace(building, folder)
-    except (OSError, RuntimeError) as error:
-        shutil.rmtree(building, ignore_errors=True)
-        if not (folder / "step.json").exists():  # else another process was first, with the same
-            progress(f"the compiled step is not kept, this run goes on: {error}")
-
-
-def _device(device: torch.device) -> tuple[object, ...]:
-    """What code for `device` is made for: its name and capability where they are known."""
-    if device.type != "cuda":
-        return (device.type,)
-    return device.type, torch.cuda.get_device_name(device), torch.cuda.get_device_capability(device)
-
-
-def _source_of(cls: type) -> str:
-    """Hash of the file that defines `cls`; empty where there is none, such as in a notebook."""
-    try:
-        return _file_hash(Path(inspect.getfile(cls)))
-    except (OSError, TypeError):
-        return ""
+def _device(model: nn.Module) -> torch.device:
+    return next(model.parameters()).device
 
 
 @cache
-def _file_hash(path: Path) -> str:
-    return hashlib.sha256(path.read_bytes()).hexdigest()
-
-
-@cache
-def _package_hash(folder: Path) -> str:
-    return hashlib.sha256("".join(_file_hash(path) for path in sorted(folder.rglob("*.py"))).encode()).hexdigest()
+def _say_not_kept(reason: str, progress: Progress) -> None:
+    """Once for each reason."""
+    progress(f"the compiled step is not kept, this run goes on: {reason}")
