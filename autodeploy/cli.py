@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import argparse
+import io
+import logging
 import os
 import sys
 from collections.abc import Iterable, Sequence
@@ -22,6 +24,7 @@ _ERROR, _INTERRUPTED, _READER_GONE = 2, 130, 141
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command and return its exit code: 0, 1 for a failed check, 2 for a user's mistake, 130 for Ctrl-C."""
     args = _parser().parse_args(argv)
+    _show_plainly()
     try:
         code = args.run(args) or 0
         sys.stdout.flush()
@@ -35,7 +38,19 @@ def main(argv: Sequence[str] | None = None) -> int:
         # The reader, such as `head`, has left; the interpreter would complain when it flushes stdout once more.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return _READER_GONE
+    except OSError as error:
+        # A file that cannot be read or written, a cache folder that cannot be made, a full disk.
+        print(f"{_error_label()} {error}", file=sys.stderr)
+        return _ERROR
     return code
+
+
+def _show_plainly() -> None:
+    """Nothing that is printed may raise, and what a request failed by is said once, without its traceback."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
+    logging.getLogger("autodeploy").addHandler(logging.NullHandler())
 
 
 def _error_label() -> str:
@@ -143,12 +158,15 @@ def _print_answer(pieces: Iterable[str]) -> None:
 def _print_answers(pieces: Iterable[tuple[int, str]]) -> None:
     """Answers grow side by side, so each is printed by whole lines with its prompt's number, counted from 1."""
     unfinished: dict[int, str] = {}
-    for index, piece in pieces:
-        *lines, unfinished[index] = (unfinished.get(index, "") + piece).split("\n")
-        for line in lines:
-            print(f"[{index + 1}] {line}", flush=True)
-    for index in sorted(unfinished):
-        print(f"[{index + 1}] {unfinished[index]}")
+    try:
+        for index, piece in pieces:
+            *lines, unfinished[index] = (unfinished.get(index, "") + piece).split("\n")
+            for line in lines:
+                print(f"[{index + 1}] {line}", flush=True)
+    finally:
+        # Also where one of them has failed, or somebody has seen enough.
+        for index in sorted(unfinished):
+            print(f"[{index + 1}] {unfinished[index]}")
 
 
 def _apply(args: argparse.Namespace) -> None:
@@ -160,6 +178,8 @@ def _apply(args: argparse.Namespace) -> None:
 
     if args.save is not None and args.save.exists() and not args.save.is_dir():
         raise OptionError(f"--save {args.save} is a file", fix="name a folder")
+    if args.html is not None and (args.html.is_dir() or not args.html.parent.is_dir()):
+        raise OptionError(f"--html {args.html} is a folder, or in none", fix="name a file in a folder that is there")
     model, _ = load_model(resolve_model(args.model), _dtype(args.dtype))
     gm = trace(model)
     recorder = Recorder() if args.html else None

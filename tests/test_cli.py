@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -13,7 +14,7 @@ import torch
 
 from autodeploy import llm as llm_module
 from autodeploy.cli import main, parse_backend
-from autodeploy.errors import OptionError
+from autodeploy.errors import OptionError, RequestFailed
 from autodeploy.metadata.fields import catalogue
 from autodeploy.ops.registry import backends, kinds
 from passes import default
@@ -84,6 +85,62 @@ def test_interrupt_exits_130(llm: type[FakeLLM], capsys: pytest.CaptureFixture[s
     llm.failure = KeyboardInterrupt()
     assert main(["generate", "demo", "hi"]) == 130
     assert capsys.readouterr() == ("one hi", "\n")
+
+
+def test_a_failed_answer_is_said_behind_the_others(llm: type[FakeLLM], capsys: pytest.CaptureFixture[str]) -> None:
+    llm.failure = RequestFailed("the largest of its logits is NaN or infinite")
+    assert main(["generate", "demo", "a", "b"]) == 2
+    out, err = capsys.readouterr()
+    assert out.splitlines() == ["[1] one a", "[2] one b"]
+    assert err == "error: the largest of its logits is NaN or infinite\n"
+
+
+def test_letters_that_a_terminal_has_not_are_escaped(llm: type[FakeLLM], monkeypatch: pytest.MonkeyPatch) -> None:
+    terminal = io.TextIOWrapper(io.BytesIO(), encoding="ascii")
+    monkeypatch.setattr(sys, "stdout", terminal)
+    assert main(["generate", "demo", "é"]) == 0
+    assert terminal.buffer.getvalue() == b"one \\xe9\ntwo\n"  # type: ignore[attr-defined]
+
+
+BAD_VALUES = {
+    "--max-tokens": ["0", "-1", "x", "1.5", "", "1e3"],
+    "--temperature": ["-1", "nan", "inf", "hot", ""],
+    "--top-k": ["-1", "x", "1.5"],
+    "--top-p": ["0", "1.5", "nan", "-1", "x"],
+    "--seed": ["-1", "x", "1.5", "9223372036854775808"],
+    "--stop": [""],
+    "--max-num-seqs": ["0", "-3", "x", "1000000000000"],
+    "--page-size": ["0", "-16", "x", "99999999999"],
+    "--backend": ["spda", "", "=", "full_attention=", "=sdpa", "full_atention=sdpa", "full_attention=spda"],
+    "--dtype": ["int8", "float64", "", "bf16"],
+}
+
+
+@pytest.mark.parametrize(("option", "value"), [(option, bad) for option, bads in BAD_VALUES.items() for bad in bads])
+def test_a_bad_value_exits_2_with_a_paragraph(option: str, value: str, capsys: pytest.CaptureFixture[str]) -> None:
+    try:
+        code = main(["generate", "./no such folder", "hi", f"{option}={value}"])
+    except SystemExit as error:  # argparse's
+        code = error.code
+    assert code == 2
+    out, err = capsys.readouterr()
+    assert out == ""
+    assert "error: " in err
+    assert "no such folder" not in err, "the option comes before the model"
+    assert "Traceback" not in err
+    assert len(err) < 1500
+
+
+@pytest.mark.parametrize("option", ["--html", "--save"])
+def test_what_cannot_be_written_exits_2(
+    option: str, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "file").touch()
+    assert main(["apply", "./no such folder", option, str(tmp_path / "file" / "x")]) == 2
+    assert main(["diff", str(tmp_path / "none"), str(tmp_path / "file")]) == 2
+    monkeypatch.setenv("AUTODEPLOY_CACHE", str(tmp_path / "file"))
+    assert main(["apply", "demo"]) == 2
+    assert "Traceback" not in capsys.readouterr().err
 
 
 def test_other_errors_are_not_hidden(llm: type[FakeLLM]) -> None:

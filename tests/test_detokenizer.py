@@ -167,6 +167,13 @@ def test_ids_that_the_tokenizer_has_not_are_no_text(make: Callable[[], Any]) -> 
     assert "".join(pieces_of(tokenizer, ids)) == tokenizer.decode(ids)
 
 
+def test_a_replacement_character_of_the_text_itself_is_kept() -> None:
+    """ByT5 has no text for bytes that are no character, and here more of them follow than are decoded together."""
+    tokenizer = ByT5Tokenizer()
+    ids = [byte + 3 for byte in "\ufffd".encode() + b"\x9f" * 40 + b"a"]
+    assert "".join(pieces_of(tokenizer, ids)) == "\ufffda"
+
+
 @pytest.mark.parametrize("make", [byte_level, smollm2])
 def test_each_token_of_plain_words_gives_its_text_at_once(make: Callable[[], Any]) -> None:
     tokenizer = make()

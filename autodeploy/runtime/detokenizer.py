@@ -91,9 +91,10 @@ class Detokenizer:
             return self._release(text)
         if len(self._token_ids) - self._num_context < _MAX_PENDING:
             return ""
-        # All but the last character is certain: no more than that can be the beginning of another one.
-        num_open = len(text[-1:])
-        self._go_on_from(self._token_ids[-_NUM_CONTEXT:], num_open)
+        # What is more than a character's bytes away is certain, and so is all but the last character.
+        context = self._token_ids[-_NUM_CONTEXT:]
+        num_open = len(text[-1:]) if self._decoder.decode(context).endswith(text[-1:]) else 0
+        self._go_on_from(context, num_open)
         return self._release(text[: len(text) - num_open])
 
     def flush(self) -> str:
