@@ -187,7 +187,7 @@ def _apply(args: argparse.Namespace) -> None:
         result = apply(gm, parse_backend(args.backend), page_size=args.page_size, recorder=recorder)
     finally:
         # Also what a pass that raised has left behind.
-        if recorder and recorder.trace().stages:
+        if recorder and args.html and recorder.trace().stages:
             args.html.write_text(render_page(recorder.trace(), f"autodeploy apply {args.model}"), encoding="utf-8")
     print(result.report)
     if args.save is None:

@@ -121,7 +121,7 @@ class LLM:
             eos_token_ids=_eos_token_ids(model, self.tokenizer),
             tokenizer=self.tokenizer,
             cuda_graphs=cuda_graphs,
-            vocab_size=model.get_input_embeddings().weight.shape[0],
+            vocab_size=_num_embeddings(model),
         )
 
     @property
@@ -266,6 +266,13 @@ def _memory_for_caches(device: torch.device) -> int:
 
 def _or_none(name: str, value: int | None, *, least: int, where: str = "") -> int | None:
     return None if value is None else integer(name, value, least=least, end=2**31, where=where, also="None or ")
+
+
+def _num_embeddings(model: PreTrainedModel) -> int:
+    """Rows of the embedding, of which there may be more than the tokenizer has tokens."""
+    weight = model.get_input_embeddings().weight
+    assert isinstance(weight, Tensor)
+    return weight.shape[0]
 
 
 def _model_len(model: PreTrainedModel, wanted: int | None) -> int:

@@ -149,6 +149,15 @@ def test_a_stream_may_be_closed_while_another_thread_reads_it() -> None:
     assert_nothing_owned(engine)
 
 
+def test_what_is_cancelled_before_it_is_queued_never_runs() -> None:
+    _, engine = hash_engine()
+    early, other = engine.make_requests([[1], [2]], [SamplingParams(5)] * 2)
+    engine.cancel(early)
+    outputs = engine.run([early, other])
+    assert [(output.finish_reason, len(output.token_ids)) for output in outputs] == [("cancelled", 0), ("length", 5)]
+    assert_nothing_owned(engine)
+
+
 def test_garbage_that_is_collected_inside_a_step_is_let_go_behind_it() -> None:
     model, engine = hash_engine()
     streams = [stream_of(engine, [1], max_tokens=40)]

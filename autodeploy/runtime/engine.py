@@ -192,7 +192,9 @@ class Engine:
 
     def _take_in(self) -> None:
         while self._arriving:
-            self._scheduler.add([self._arriving.popleft()])
+            request = self._arriving.popleft()
+            if request.status is Status.WAITING:  # not cancelled before it was queued
+                self._scheduler.add([request])
 
     def _make_step(self) -> StepOutputs:
         self._take_in()

@@ -167,7 +167,7 @@ class Scheduler:
             return
         if request.status is Status.RUNNING:
             self._release(request)
-        else:
+        elif request in self.waiting:  # or is not queued yet
             self.waiting.remove(request)
         if request in self._alone:
             self._alone.remove(request)
