@@ -138,11 +138,17 @@ def lower(
             artifact = standalone_compile(lifted, fakes, dynamic_shapes="from_tracing_context", options={}, aot=True)
     assert isinstance(artifact, AOTCompiledArtifact)
     own = own_tensors(model)
-    constants = {
-        name: tensor.detach() for name, tensor in attributes.items() if not is_same_tensor(own.get(name), tensor)
-    }
+    names = tuple(_name_in(own, name, tensor) for name, tensor in attributes.items())
+    named = zip(names, attributes.values(), strict=True)
+    constants = {name: tensor.detach() for name, tensor in named if not is_same_tensor(own.get(name), tensor)}
     looked_at = hashes({name: own[name] for name in gm.meta.get(LOOKED_AT, ()) if name in own})
-    return Lowered(artifact, tuple(attributes), constants, looked_at, layout_spec, tuple(cache_specs), report)
+    return Lowered(artifact, names, constants, looked_at, layout_spec, tuple(cache_specs), report)
+
+
+def _name_in(own: Mapping[str, Tensor], name: str, tensor: Tensor) -> str:
+    """The model's name of one of its tensors, which prepare_metadata may read as well; else `name`."""
+    inside = name.removeprefix(f"{PREPARE}.")
+    return inside if is_same_tensor(own.get(inside), tensor) else name
 
 
 def _tag(device: torch.device) -> str:

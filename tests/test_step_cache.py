@@ -37,7 +37,7 @@ PROMPTS = [[5, 6, 7, 8], [9] * 20]
 
 
 def glm(seed: int | None) -> PreTrainedModel:
-    """Two layers of experts, whose routers' biases are buffers: zeros when fresh, others by `seed`."""
+    """Two layers of experts, whose routers' biases are buffers: zeros when fresh, others by `seed`, as are rotations."""
     sizes = {"vocab_size": VOCAB_SIZE, "hidden_size": 32, "num_hidden_layers": 2, "max_position_embeddings": 256}
     heads = {"num_attention_heads": 2, "num_key_value_heads": 1, "head_dim": 16, "intermediate_size": 32}
     experts = {"moe_intermediate_size": 32, "n_routed_experts": 4, "num_experts_per_tok": 2, "first_k_dense_replace": 0}
@@ -48,6 +48,8 @@ def glm(seed: int | None) -> PreTrainedModel:
         for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
             if name.endswith("e_score_correction_bias"):
                 tensor.copy_(torch.randn(4) * 2 if seed is not None else torch.zeros(4))
+            elif name.endswith("inv_freq"):  # of which prepare_metadata makes the rotary tables
+                tensor.mul_(1 + (seed or 0))
             elif tensor.dim() > 1:
                 tensor.normal_(std=0.3)
     return model
