@@ -79,7 +79,7 @@ _PLAIN_FUNCTIONS = frozenset(
         "tensordot",
     ]
 )
-_OLD_METHODS = frozenset(["backward", "resize", "resize_as"])  # Python, and not the ops of their names
+_OLD_METHODS = frozenset(["resize", "resize_as"])  # Python, and not the ops of their names
 # Unknown functions of no tensor that leave what other nodes compute as it is.
 _LOCAL = frozenset(["_set_grad_enabled", "lazy_load_decompositions", "_enter_inference_mode", "_exit_inference_mode"])
 _AUTOCAST = {"_enter_autocast": 1, "_exit_autocast": -1}

@@ -20,11 +20,12 @@ from autodeploy.effects import (
     UNBACKED,
     UNKNOWN,
     WRITES,
+    autocast_change,
     changes_surroundings,
     impurity,
     is_needed,
 )
-from autodeploy.graph import ROLE
+from autodeploy.graph import CONSTANT, ROLE
 
 aten = torch.ops.aten
 Make = Callable[[fx.Graph, fx.Node], fx.Node]
@@ -77,6 +78,8 @@ IMPURE: dict[str, tuple[Make, str]] = {
     "statistics": (function(aten.batch_norm.default), WRITES),
     "a check": (function(aten._assert_async.default), EFFECTS),
     "an item": (method("item"), HOST),
+    "a list": (method("tolist"), HOST),
+    "an array": (method("numpy"), HOST),
     "an overload's item": (function(aten._local_scalar_dense.default), HOST),
     "a foreign function of an op's name": (function(lambda x: x), UNKNOWN),
     "printing": (function(print), UNKNOWN),
@@ -152,8 +155,8 @@ def test_a_size_made_up_by_tracing() -> None:
             return x.nonzero() * 2
 
     graph = torch.export.export(Nonzero(), (torch.arange(4),)).graph
-    found = [impurity(node) for node in graph.nodes if node.target is aten.nonzero.default]
-    assert found == [UNBACKED]
+    found = [(impurity(node), is_needed(node)) for node in graph.nodes if node.target is aten.nonzero.default]
+    assert found == [(UNBACKED, False)]
 
 
 class Branches(torch.nn.Module):
@@ -259,6 +262,59 @@ def inputs(*values: torch.Tensor | None) -> list[fx.Node]:
     return nodes
 
 
+def test_a_write_is_seen_through_every_view_and_no_other_value() -> None:
+    x, base = one(function(aten.neg.default))
+    graph = base.graph
+    view = graph.call_function(aten.t.default, (base,))
+    part = graph.call_function(aten.select.int, (view, 0, 0))
+    copy = graph.call_function(aten.clone.default, (view,))
+    graph.call_function(aten.fill_.Scalar, (graph.call_function(aten.select.int, (base, 0, 1)), 0))
+    graph.output(())
+    assert mutated(graph).values >= {base, view, part}
+    assert not mutated(graph).values & {x, copy}
+
+
+def test_an_input_without_a_role_may_be_an_attribute() -> None:
+    (written,) = inputs(torch.zeros(2))
+    graph, root = written.graph, torch.nn.Module()
+    for name, dtype in [("same", torch.float32), ("other", torch.int64), ("made", torch.float32)]:
+        root.register_buffer(name, torch.zeros(2, dtype=dtype))
+    same, other, made = (graph.create_node("get_attr", name) for name in ("same", "other", "made"))
+    made.meta[CONSTANT] = True
+    graph.output((graph.call_method("add_", (written, 1)), same, other, made))
+    gm = fx.GraphModule(root, graph)
+    found = mutated(gm.graph).values
+    assert [node in found for node in gm.graph.find_nodes(op="get_attr")] == [True, False, False]
+
+
+@pytest.mark.parametrize(("value", "is_kept"), [(torch.zeros(2), False), (None, True)])
+def test_a_list_keeps_what_is_assigned_to_it_and_a_tensor_copies_it(value: torch.Tensor | None, is_kept: bool) -> None:
+    holder, item = inputs(value, torch.zeros(2))
+    holder.graph.call_function(operator.setitem, (holder, 0, item))
+    holder.graph.output(())
+    assert (item in returned(holder.graph)) == is_kept
+
+
+NAMES = {name.removeprefix("aten::").split(".")[0] for name in torch._C._dispatch_get_all_op_names()}
+RESIZING = sorted(name for name in NAMES if "resize" in name and name.endswith("_") and "::" not in name)
+RESHAPING = [function(getattr(aten, name)) for name in [*RESIZING, "t_", "squeeze_", "transpose_", "set_"]]
+
+
+@pytest.mark.parametrize("make", [*RESHAPING, method("t_"), IMPURE["out"][0], function(print)])
+def test_what_writes_sizes(make: Make) -> None:
+    x, _ = one(make)
+    x.graph.output(())
+    assert x in mutated(x.graph).sizes
+
+
+@pytest.mark.parametrize("name", ["add_", "copy_", "index_put_"])
+def test_what_writes_values_only(name: str) -> None:
+    x, _ = one(function(getattr(aten, name)))
+    x.graph.output(())
+    assert x in mutated(x.graph).values
+    assert x not in mutated(x.graph).sizes
+
+
 def test_inputs_may_be_one_another() -> None:
     ints, floats = torch.zeros(2, dtype=torch.int64), torch.zeros(2)
     written, same, unknown, other = inputs(ints, ints, None, floats)
@@ -277,6 +333,14 @@ def test_what_is_made_to_share_storage_does(target: Callable[..., Any]) -> None:
     x.graph.call_function(target, (x, y))
     x.graph.output(())
     assert mutated(x.graph).values >= {x, y}
+
+
+def test_autocast_regions_open_and_close() -> None:
+    graph = fx.Graph()
+    mode = graph.call_function(torch.amp.autocast_mode._enter_autocast, ("cpu", torch.bfloat16, True, None))
+    graph.call_function(torch.ones, (1,))
+    graph.call_function(torch.amp.autocast_mode._exit_autocast, (mode,))
+    assert [autocast_change(node) for node in graph.nodes] == [1, 0, -1]
 
 
 @pytest.mark.parametrize(
