@@ -37,7 +37,7 @@ PROMPTS = [[5, 6, 7, 8], [9] * 20]
 
 
 def glm(seed: int | None) -> PreTrainedModel:
-    """Two layers of experts, whose routers' biases are buffers: zeros when fresh, others by `seed`, as are rotations."""
+    """Two layers of experts, whose routers' biases are buffers: zeros when fresh, others by `seed`, as rotations."""
     sizes = {"vocab_size": VOCAB_SIZE, "hidden_size": 32, "num_hidden_layers": 2, "max_position_embeddings": 256}
     heads = {"num_attention_heads": 2, "num_key_value_heads": 1, "head_dim": 16, "intermediate_size": 32}
     experts = {"moe_intermediate_size": 32, "n_routed_experts": 4, "num_experts_per_tok": 2, "first_k_dense_replace": 0}
