@@ -10,7 +10,7 @@ from torch import Tensor, fx, nn
 from torch._ops import HigherOrderOperator, OpOverload
 
 from autodeploy.fingerprint import Fingerprint, NotHashable, is_installed, tensor_bytes
-from autodeploy.graph import ROLE, get_attribute, is_same_tensor
+from autodeploy.graph import CONSTANT, ROLE, get_attribute, is_same_tensor
 
 # Ops of these may be written out by Inductor: their code is torch's or ours. All others must be opaque.
 _NAMESPACES = frozenset({"aten", "prims", "prim", "inductor", "autodeploy", "autodeploy_field"})
@@ -54,7 +54,7 @@ def _add_nodes(fingerprint: Fingerprint, gm: fx.GraphModule, prefix: str, tensor
     for index, node in enumerate(gm.graph.nodes):
         arguments: Any = fx.map_arg((node.args, node.kwargs), places.__getitem__)
         stack = [(path, str(kind)) for path, kind in (node.meta.get("nn_module_stack") or {}).values()]
-        fingerprint.add((node.op, node.name, _target(node), stack, node.meta.get(ROLE)))
+        fingerprint.add((node.op, node.name, _target(node), stack, node.meta.get(ROLE), CONSTANT in node.meta))
         fingerprint.add(_described(arguments))
         fingerprint.add(_described(node.meta.get("val")))
         fingerprint.add(sorted(_ranges(node.meta.get("val"))))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from torch import fx, nn
 
+from autodeploy.attention_forms.evaluate import Evaluator
 from autodeploy.graph import LOOKED_AT, copy_module, look_at
 
 
@@ -13,3 +14,11 @@ def test_what_was_looked_at_in_a_copy_is_noted_there_alone() -> None:
     copy = copy_module(gm)
     look_at(copy, "bias")
     assert (gm.meta[LOOKED_AT], copy.meta[LOOKED_AT]) == ({"weight"}, {"weight", "bias"})
+
+
+def test_whatever_is_evaluated_is_noted() -> None:
+    gm = fx.symbolic_trace(nn.Linear(2, 2))
+    evaluate = Evaluator(gm, {})
+    for node in gm.graph.find_nodes(op="get_attr"):
+        evaluate(node)
+    assert gm.meta[LOOKED_AT] == {"weight", "bias"}

@@ -22,6 +22,7 @@ from transformers.models.qwen3 import modeling_qwen3
 
 import autodeploy as ad
 from autodeploy import machine
+from autodeploy.graph import CONSTANT
 from autodeploy.ops import registry
 from autodeploy.step_cache import environment_key, graph_key
 from autodeploy.stock import stock_key
@@ -370,4 +371,7 @@ def test_different_graphs_have_different_keys() -> None:
     assert len({graph_key(gm, nn.Module(), "") for gm in GRAPHS}) == len(GRAPHS)
     owned = nn.Module()
     owned.register_buffer("a", ONES)
-    assert graph_key(GRAPHS[-3], owned, "") != graph_key(GRAPHS[-3], nn.Module(), "")
+    before = graph_key(GRAPHS[-3], owned, "")
+    assert before != graph_key(GRAPHS[-3], nn.Module(), "")
+    next(iter(GRAPHS[-3].graph.find_nodes(op="get_attr"))).meta[CONSTANT] = True
+    assert before != graph_key(GRAPHS[-3], owned, "")

@@ -12,7 +12,7 @@ from torch.fx.node import map_aggregate, map_arg
 
 from autodeploy.aliasing import mutated
 from autodeploy.effects import is_pure
-from autodeploy.graph import get_attribute
+from autodeploy.graph import get_attribute, look_at
 
 _NUMBERS = (int, float, bool, torch.SymInt, torch.SymFloat, torch.SymBool)
 _POSITIONS = ("position_ids", "cache_position", "positions")  # how the names of such inputs end
@@ -61,6 +61,7 @@ class Evaluator:
         if isinstance(value, _NUMBERS):
             return self._number(value)
         if node.op == "get_attr":
+            look_at(self._gm, str(node.target))
             return get_attribute(self._gm, str(node.target))
         if node.op == "placeholder":
             assert isinstance(value, Tensor)
