@@ -17,12 +17,28 @@ from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass, field
 from enum import IntEnum
 from functools import cache
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import SymBool, SymFloat, SymInt, Tensor, fx
 
+from autodeploy.along import (
+    ADDED_CONTRACTIONS,
+    BROADCASTS,
+    FILLS,
+    INDEX_ARGUMENTS,
+    INDEXING,
+    RESHAPES,
+    arguments_of,
+    einsum_labels,
+    name_of,
+    signature_of,
+    worked_dims,
+)
 from autodeploy.dependence import find_scalars
+from autodeploy.errors import UnsupportedFeature, node_location
+
+_INPUTS = ("input_ids", "position_ids")
 
 
 class Carries(IntEnum):
@@ -35,53 +51,12 @@ class Carries(IntEnum):
     TOKENS = 4  # ids, position_ids and activations
 
 
-_FILLS = {f"{name}{suffix}" for name in ("full", "zeros", "ones", "empty") for suffix in ("", "_like")}
-_FILLS |= {"new_full", "new_zeros", "new_ones", "new_empty", "scalar_tensor"}
-_BROADCASTS = {"expand", "expand_as", "repeat"}
-# Not pointwise, but the shape of the result says all.
-_RESHAPES = {"view", "reshape", "_unsafe_view", "view_as", "reshape_as", "flatten", "unflatten"}
-_VIEWS = _RESHAPES | {
-    "squeeze",
-    "unsqueeze",
-    "transpose",
-    "permute",
-    "t",
-    "slice",
-    "select",
-    "narrow",
-    "unbind",
-    "stack",
-    "repeat_interleave",
-}
-_COPIES = {"to", "_to_copy", "type_as", "contiguous", "clone", "alias", "detach", "lift_fresh_copy", "copy", "dropout"}
-_ROWWISE = {"embedding", "one_hot", "layer_norm", "rms_norm"}
-_INDEXING = {"index", "index_select", "gather", "index_put", "scatter", "scatter_add", "index_add"}
-_JUDGED_BY_SHAPE = _FILLS | _BROADCASTS | _VIEWS | _COPIES | _ROWWISE | _INDEXING
-_CONTRACTIONS = {"linear", "matmul", "mm", "bmm", "_grouped_mm", "grouped_mm_fallback"}
-_ADDED_CONTRACTIONS = {"addmm", "baddbmm"}
-# Pointwise ops, aliases mostly, that torch has not tagged so in every overload.
-_UNTAGGED = {
-    "where",
-    "masked_fill",
-    "multiply",
-    "divide",
-    "true_divide",
-    "floor_divide",
-    "subtract",
-    "rsub",
-    "negative",
-}
-_UNTAGGED |= {"absolute", "less", "less_equal", "greater", "greater_equal", "not_equal", "__and__", "__or__", "__xor__"}
-_UNTAGGED |= {"hardswish", "log_sigmoid", "special_expit", "prelu"}
-_INDEX_ARGUMENTS = ("index", "indices", "offs")
-
-
 @dataclass
 class Flow:
     """`mixing` and `places` list (node, why) in graph order.
 
     `mixing`: tokens are mixed outside attention. `places`: places in the row that the graph counted itself reach
-    activations. Both are empty for a graph without a symbolic sequence length, which cannot be judged.
+    activations. `sorted` are the sorts over tokens.
     """
 
     attention: Collection[fx.Node]
@@ -91,15 +66,17 @@ class Flow:
     mixing: list[tuple[fx.Node, str]] = field(default_factory=list)
     places: list[tuple[fx.Node, str]] = field(default_factory=list)
     token_dims: dict[int, list[int]] = field(default_factory=dict)
+    sorted: set[fx.Node] = field(default_factory=set)
 
 
 def token_flow(gm: fx.GraphModule, attention: Collection[fx.Node]) -> Flow:
     """What flows from token to token outside the nodes `attention`, which keep sequences apart.
 
-    `gm` is a canonical graph of `input_ids` [B, S], not packed yet, whose nodes have their traced shapes.
+    `gm` is a canonical graph of `input_ids` [B, S], not packed yet, whose nodes have their traced shapes. Raises
+    UnsupportedFeature where its sizes are fixed, as nobody can tell then which dimensions hold tokens.
     """
     flow = Flow(attention, _sequence_lengths(gm), find_scalars(gm.graph))
-    for node in gm.graph.nodes if flow.lengths else ():
+    for node in gm.graph.nodes:
         carries = _transfer(flow, node)
         flow.carries[node] = carries
         for written in _written(node):
@@ -109,9 +86,19 @@ def token_flow(gm: fx.GraphModule, attention: Collection[fx.Node]) -> Flow:
 
 def _sequence_lengths(gm: fx.GraphModule) -> frozenset[Any]:
     """The symbols for S: export may know an input's by a name of its own where nothing has compared the two."""
-    shapes = [getattr(node.meta.get("val"), "shape", ()) for node in gm.graph.find_nodes(op="placeholder")]
-    sizes = [shape[1] for shape in shapes if len(shape) == 2]
-    return frozenset(symbol for size in sizes if isinstance(size, SymInt) for symbol in size.node.expr.free_symbols)
+    found: set[Any] = set()
+    for node in gm.graph.find_nodes(op="placeholder"):
+        shape = getattr(node.meta.get("val"), "shape", ())
+        # A length that something has been compared with may have become a number since.
+        if len(shape) == 2 and _free_symbols(shape[1]) and (_expr(shape[0]) == 1 or _free_symbols(shape[0])):
+            found |= _free_symbols(shape[1])
+        elif node.name in _INPUTS and (node.users or node.name == _INPUTS[0]):
+            raise UnsupportedFeature(
+                f"a graph of fixed sizes, in which nobody can tell tokens from one another: {list(shape)}",
+                where=node_location(node),
+                fix="export it for every batch and length: dynamic_shapes={0: Dim.DYNAMIC, 1: Dim.DYNAMIC}",
+            )
+    return frozenset(found)
 
 
 def _transfer(flow: Flow, node: fx.Node) -> Carries:
@@ -120,8 +107,11 @@ def _transfer(flow: Flow, node: fx.Node) -> Carries:
     if node.op in ("get_attr", "output"):
         return Carries.NOTHING
     if node in flow.scalars:
-        return Carries.PLACES if _has_length(flow, node.meta.get("val")) else Carries.NOTHING
+        is_known = node.meta.get("val") is not None and not _has_length(flow, node.meta["val"])
+        return Carries.NOTHING if is_known else Carries.PLACES
     values, indices = _operands(flow, node)
+    if node.target is operator.getitem and node.args[0] in flow.sorted and node.args[1] == 1:
+        return Carries.COUNTS  # which place each one had before
     if node in flow.attention or node.target is operator.getitem:
         return _discrete(node, values, _join(flow, node, [flow.carries[arg] for arg in values]))
     carried, picked = ([flow.carries[arg] for arg in args] for args in (values, indices))
@@ -130,7 +120,7 @@ def _transfer(flow: Flow, node: fx.Node) -> Carries:
         carried += picked
     elif not set(picked) <= {Carries.CHOICES, Carries.COUNTS}:
         why = why or "picks tokens by their place"
-    elif Carries.TOKENS not in carried:
+    elif max(carried) < Carries.CHOICES:
         carried += picked
     return _discrete(node, values, _mixed(flow, node, _join(flow, node, carried), why))
 
@@ -152,7 +142,10 @@ def _mixed(flow: Flow, node: fx.Node, carried: Carries, why: str | None) -> Carr
     if why is None or carried in (Carries.TOKENS, Carries.COUNTS):
         return carried
     if carried is Carries.CHOICES:
-        return carried if _name(node) in ("sort", "argsort") else Carries.COUNTS
+        if name_of(node) != "sort":
+            return Carries.COUNTS
+        flow.sorted.add(node)
+        return carried
     return Carries.PLACES
 
 
@@ -169,67 +162,50 @@ def _is_floating(node: fx.Node) -> bool:
 def _why_mixes(flow: Flow, node: fx.Node, values: Sequence[fx.Node], indices: Sequence[fx.Node]) -> str | None:
     """Why `node` may make one token's result from another token, or None where it does not."""
     if node.meta.get("val") is None:
-        return None
+        return None if _returns_nothing(node) else "has no recorded value and cannot be judged"
     inputs = [tensor for arg in [*values, *indices] for tensor in _tensors(arg)]
     results = [_token_dims(flow, tensor) for tensor in _tensors(node)]
     if not any(_token_dims(flow, tensor) for tensor in inputs):
-        return "counts places" if any(results) and _name(node) not in _FILLS | _BROADCASTS else None
+        return "counts places" if any(results) and name_of(node) not in FILLS | BROADCASTS else None
     if any(len(dims) > 1 for dims in [*results, *(_token_dims(flow, tensor) for tensor in inputs)]):
         return "relates tokens to one another"
     if not results or not all(results):
         return "reduces over tokens"
     if not all(_is_multiple(flow, tensor.shape[_token_dims(flow, tensor)[0]]) for tensor in _tensors(node)):
         return "cuts, pads or joins the sequence"
-    source = inputs[1 if _name(node) in _ADDED_CONTRACTIONS else 0]
-    if _name(node) in _RESHAPES and _distance(flow, source) != _distance(flow, _tensors(node)[0]):
+    source = inputs[1 if name_of(node) in ADDED_CONTRACTIONS else 0]
+    if name_of(node) in RESHAPES and _distance(flow, source) != _distance(flow, _tensors(node)[0]):
         return "reshapes one token's values into another's"
-    worked = _worked_dims(node, source.dim())
+    if name_of(node) == "einsum":
+        return _why_einsum_mixes(flow, node, inputs, _tensors(node)[0])
+    worked = worked_dims(node, source, _tensors(node)[0])
     if worked is None:
         return f"calls {node.target}, which is not known to treat tokens alone"
     return "runs along the sequence" if set(worked) & set(_token_dims(flow, source)) else None
 
 
-def _worked_dims(node: fx.Node, ndim: int) -> Sequence[int] | None:
-    """The dimensions of its first factor that `node` does not treat entry by entry; None where that is not known."""
-    name, arguments = _name(node), _arguments(node)
-    if name == "repeat":
-        return [dim - len(arguments["repeats"]) + ndim for dim, times in enumerate(arguments["repeats"]) if times != 1]
-    if name in _JUDGED_BY_SHAPE | _UNTAGGED:
-        return ()
-    if name in _CONTRACTIONS | _ADDED_CONTRACTIONS:
-        return (ndim - 1,)
-    if name == "einsum":
-        return _einsum_dims(arguments["equation"])
-    if name in ("constant_pad_nd", "pad"):
-        return [ndim - 1 - index // 2 for index, amount in enumerate(arguments["pad"]) if amount != 0]
-    if name.startswith("conv"):
-        return range(1, ndim)
-    if dims := [key for key in ("dim", "dims") if key in arguments]:
-        given = arguments[dims[0]]
-        given = [given] if isinstance(given, int) else given
-        return [dim % ndim for dim in given or range(ndim)]
-    is_pointwise = isinstance(node.target, torch._ops.OpOverload) and torch.Tag.pointwise in node.target.tags
-    return () if is_pointwise else None
-
-
-def _einsum_dims(equation: str) -> Sequence[int] | None:
-    """All dimensions of the first factor but those that every factor and the result have."""
-    factors, _, result = equation.replace(" ", "").partition("->")
-    if "." in factors or not result:
-        return None
-    common = set(result).intersection(*factors.split(","))
-    return [dim for dim, label in enumerate(factors.split(",")[0]) if label not in common]
+def _why_einsum_mixes(flow: Flow, node: fx.Node, inputs: Sequence[Tensor], result: Tensor) -> str | None:
+    """Why an einsum mixes, unless the tokens of every factor have the label that they have in the result."""
+    labels = einsum_labels(arguments_of(node)["equation"])
+    if labels is None:
+        return "is an einsum whose labels are not all written out"
+    factors, results = labels
+    (wanted,) = [results[dim] for dim in _token_dims(flow, result)]
+    carried = {labels[dim] for labels, factor in zip(factors, inputs, strict=True) for dim in _token_dims(flow, factor)}
+    return None if carried == {wanted} else "runs along the sequence"
 
 
 def _picks_tokens(flow: Flow, node: fx.Node) -> bool:
     """Whether the indices of `node` choose among tokens."""
-    arguments = _arguments(node)
+    arguments = arguments_of(node)
     source = next((tensor for arg in node.all_input_nodes[:1] for tensor in _tensors(arg)), None)
     dims = _token_dims(flow, source) if source is not None else []
     if "offs" in arguments:
         return bool(dims)
-    if _name(node) not in _INDEXING or source is None:
+    if name_of(node) not in INDEXING or source is None:
         return False
+    if name_of(node) == "embedding":
+        return 0 in dims
     if "dim" in arguments:
         return arguments["dim"] % source.dim() in dims
     return any(index is not None and dim in dims for dim, index in enumerate(arguments["indices"]))
@@ -241,56 +217,17 @@ def _operands(flow: Flow, node: fx.Node) -> tuple[list[fx.Node], list[fx.Node]]:
         return list(node.all_input_nodes), []
     values: list[fx.Node] = []
     indices: list[fx.Node] = []
-    arguments = _arguments(node)
-    for name in _signature(node.target).read:
+    arguments = arguments_of(node)
+    for name in signature_of(node.target).read:
         found: list[fx.Node] = []
         fx.map_arg(arguments.get(name), found.append)
-        if name in _INDEX_ARGUMENTS:
+        if name in INDEX_ARGUMENTS:
             indices += found
         else:
             values += found
-    if _name(node) in _FILLS:
+    if name_of(node) in FILLS:
         values = [arg for arg in values if arg in flow.scalars]
-    return values[:1] if _name(node).endswith("_as") else values, indices
-
-
-def _arguments(node: fx.Node) -> dict[str, Any]:
-    """The arguments of `node` by name, defaults included; empty where its target has no schema."""
-    if not isinstance(node.target, torch._ops.OpOverload):
-        return {}
-    signature = _signature(node.target)
-    return signature.defaults | dict(zip(signature.names, node.args, strict=False)) | node.kwargs
-
-
-class _Signature(NamedTuple):
-    """An op's arguments: all in order, those read as numbers or indices, and the defaults of those that have one."""
-
-    names: list[str]
-    read: list[str]
-    defaults: dict[str, Any]
-
-
-@cache
-def _signature(op: torch._ops.OpOverload) -> _Signature:
-    arguments = op._schema.arguments
-    kinds = {argument.name: str(argument.type) for argument in arguments}
-    return _Signature(
-        names=list(kinds),
-        read=[
-            name
-            for name, kind in kinds.items()
-            if name in _INDEX_ARGUMENTS or any(word in kind for word in ("Tensor", "number", "float"))
-        ],
-        defaults={argument.name: argument.default_value for argument in arguments if argument.has_default_value()},
-    )
-
-
-def _name(node: fx.Node) -> str:
-    """The op's name without namespace and overload, in-place ops under their plain name."""
-    if not isinstance(node.target, torch._ops.OpOverload):
-        return str(node.target)
-    name = node.target._schema.name.split("::")[-1]
-    return name if name.endswith("__") else name.removesuffix("_")
+    return values[:1] if name_of(node).endswith("_as") else values, indices
 
 
 def _written(node: fx.Node) -> set[fx.Node]:
@@ -314,6 +251,10 @@ def _is_view(node: fx.Node) -> bool:
     return isinstance(target, torch._ops.OpOverload) and any(value.alias_info for value in target._schema.returns)
 
 
+def _returns_nothing(node: fx.Node) -> bool:
+    return isinstance(node.target, torch._ops.OpOverload) and not node.target._schema.returns
+
+
 def _tensors(node: fx.Node) -> list[Tensor]:
     value = node.meta.get("val")
     return [item for item in (value if isinstance(value, list | tuple) else [value]) if isinstance(item, Tensor)]
@@ -323,6 +264,10 @@ def _token_dims(flow: Flow, tensor: Tensor) -> list[int]:
     if id(tensor) not in flow.token_dims:  # the nodes keep their tensors alive
         flow.token_dims[id(tensor)] = [dim for dim, size in enumerate(tensor.shape) if _has_length(flow, size)]
     return flow.token_dims[id(tensor)]
+
+
+def _free_symbols(size: Any) -> set[Any]:
+    return set(size.node.expr.free_symbols) if isinstance(size, SymInt) else set()
 
 
 def _has_length(flow: Flow, size: Any) -> bool:

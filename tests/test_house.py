@@ -21,7 +21,7 @@ MAX_FILE_LINES, MAX_MEDIAN_LINES, MAX_FUNCTION_LINES = 400, 150, 60
 _BASE = {"errors", "options", "arguments"}
 _NODES = {"spelling", "effects", "aliasing"}
 _SHARING = {"graph", "dependence", "equality", "memory", "outline"}
-_GRAPH = _NODES | _SHARING | {"mixing", "spec", "pipeline"}
+_GRAPH = _NODES | _SHARING | {"along", "mixing", "spec", "pipeline"}
 _CORE = _BASE | _GRAPH | {"ops", "metadata"}
 ALLOWED = {
     "errors": set(),
@@ -39,7 +39,8 @@ ALLOWED = {
     "equality": _NODES | {"graph"},
     "memory": _NODES | {"equality", "graph"},
     "outline": {"graph", "dependence", "spelling"},
-    "mixing": _BASE | {"graph", "dependence"},
+    "along": set(),
+    "mixing": _BASE | {"along", "graph", "dependence"},
     "spec": _BASE | {"graph", "dependence"},
     "metadata": _BASE | _NODES | {"graph", "dependence"},
     "pipeline": _BASE | _GRAPH | {"metadata"},

@@ -7,6 +7,7 @@ from collections.abc import Callable
 import pytest
 import torch
 from torch import Tensor, fx
+from torch._higher_order_ops.scan import scan
 from torch.nn import functional as F
 
 from autodeploy.errors import UnsupportedFeature
@@ -80,6 +81,24 @@ def overwrite(hidden: Tensor, position_ids: Tensor) -> Tensor:
     return hidden + out
 
 
+@torch.library.custom_op("autodeploy_test::view", mutates_args=())
+def foreign_view(x: Tensor) -> Tensor:
+    """Called as an op of ATen, but a sum over the tokens before each."""
+    return x.cumsum(1)
+
+
+@foreign_view.register_fake
+def _(x: Tensor) -> Tensor:
+    return torch.empty_like(x)
+
+
+def _scan(x: Tensor) -> Tensor:
+    def step(carry: Tensor, token: Tensor) -> tuple[Tensor, Tensor]:
+        return carry + token, carry * 1
+
+    return scan(step, torch.zeros(x.shape[0], SIZE), x, dim=1)[1].transpose(0, 1)
+
+
 ALLOWED: dict[str, Body] = {
     "pointwise": lambda x, p: F.silu(x).multiply(x) + x.pow(2).mean(-1, keepdim=True),
     "norms": lambda x, p: F.layer_norm(F.rms_norm(x, (SIZE,)), (SIZE,)),
@@ -124,6 +143,23 @@ MIXES: dict[str, tuple[Body, str]] = {
     "pick by place": (lambda x, p: x[:, torch.arange(x.shape[1]) // 2], "picks tokens by their place"),
     "pick by position": (lambda x, p: torch.gather(x, 1, p[..., None].expand_as(x)), "picks tokens by their place"),
     "share of an expert": (lambda x, p: x * (x > 0).float().mean(1, keepdim=True), "uses a count over the tokens"),
+    "repeated, then cut": (lambda x, p: x.repeat_interleave(2, 1)[:, : x.shape[1]], "runs along the sequence"),
+    "norm over tokens": (
+        lambda x, p: F.layer_norm(x.transpose(1, 2), (x.shape[1],)).transpose(1, 2),
+        "runs along the sequence",
+    ),
+    "norm of all but channels": (lambda x, p: x.renorm(2, 2, 1.0), "not known to treat tokens alone"),
+    "tokens as a table": (lambda x, p: F.embedding(p[0], x[0]).expand_as(x), "picks tokens by their place"),
+    "einsum of a second factor": (
+        lambda x, p: torch.einsum("bsh,th->bsh", x, x[0]),
+        "runs along the sequence",
+    ),
+    "rank of a choice": (
+        lambda x, p: x * (x[..., 0] > 0).long().argsort(1).unsqueeze(-1),
+        "uses a count over the tokens",
+    ),
+    "foreign op": (lambda x, p: torch.ops.autodeploy_test.view(x), "not known to treat tokens alone"),
+    "loop": (lambda x, p: _scan(x), "reduces over tokens"),
     "largest position": (lambda x, p: x * p.max(), "reduces over tokens"),
 }
 
@@ -163,7 +199,7 @@ def test_mixing_is_refused(case: str) -> None:
     before = str(gm.graph)
     with pytest.raises(UnsupportedFeature, match=reason) as caught:
         NestInputs().apply(gm)
-    assert "test_mixing.py" in caught.value.where
+    assert ("test_mixing.py" in caught.value.where) == (case != "loop")  # whose source line torch loses
     assert str(gm.graph) == before
 
 
@@ -185,15 +221,29 @@ def test_what_each_node_carries() -> None:
     ).carries
     by_op = {str(node.target).removeprefix("aten.").split(".")[0]: kind for node, kind in carries.items()}
     assert by_op["embedding"] is by_op["_grouped_mm"] is by_op["linear"] is Carries.TOKENS
-    assert by_op["argsort"] is Carries.CHOICES
-    assert by_op["cumsum"] is by_op["histc"] is by_op["empty_like"] is Carries.COUNTS
+    assert by_op["argsort"] is by_op["cumsum"] is by_op["histc"] is by_op["empty_like"] is Carries.COUNTS
     assert by_op["arange"] is Carries.PLACES
 
 
-def test_a_graph_of_fixed_length_is_not_judged() -> None:
-    class Fixed(torch.nn.Module):
-        def forward(self, input_ids: Tensor) -> Tensor:
-            return input_ids.cumsum(1)
+@pytest.mark.parametrize("dims", [{}, {1: torch.export.Dim.DYNAMIC}, {0: torch.export.Dim.DYNAMIC}])
+def test_a_graph_of_fixed_sizes_is_refused(dims: dict[int, object]) -> None:
+    """Its token dimensions cannot be told from others, and sizes of the padded batch are baked in."""
+    model, shapes = Model(lambda x, p: x.cumsum(1)), {"input_ids": dims, "position_ids": dims}
+    inputs = {"input_ids": torch.zeros(3, 12, dtype=torch.int64), "position_ids": torch.arange(12).repeat(3, 1)}
+    gm = torch.export.export(model, (), inputs, dynamic_shapes=shapes, strict=False).module(check_guards=False)
+    assert isinstance(gm, fx.GraphModule)
+    before = str(gm.graph)
+    with pytest.raises(UnsupportedFeature, match="a graph of fixed sizes"):
+        NestInputs().apply(gm)
+    assert str(gm.graph) == before
 
-    gm = torch.export.export(Fixed(), (torch.zeros(2, 5, dtype=torch.int64),)).module(check_guards=False)
-    assert token_flow(gm, ()).mixing == []
+
+@pytest.mark.parametrize("case", ["cumsum", "flip", "sort"])
+def test_a_node_without_a_recorded_value_is_refused(case: str) -> None:
+    gm = traced(MIXES[case][0])
+    FindAttention().apply(gm)
+    for node in gm.graph.nodes:
+        if case in str(node.target):
+            del node.meta["val"]
+    with pytest.raises(UnsupportedFeature, match="has no recorded value and cannot be judged"):
+        NestInputs().apply(gm)
