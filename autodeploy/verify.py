@@ -1,5 +1,7 @@
 """`apply(verify=True)`: run the graph before and after each pass on random ragged batches and compare every bit.
 
+A pass that says that it may round is allowed what its dtype makes of that.
+
 A graph is run at whatever stage it is in: padded inputs one sequence at a time, packed inputs all at once, and with
 caches in two steps, so that the second step reads what the first one wrote.
 """
@@ -17,12 +19,23 @@ from autodeploy.errors import PassError
 from autodeploy.graph import get_attribute, placeholder, placeholders
 from autodeploy.metadata.layout import LayoutSpec
 from autodeploy.metadata.nest import nest_sequences
+from autodeploy.ops.registry import kind_of
 from autodeploy.ops.spec import CacheSpec
 from autodeploy.pipeline import Pass, PassRecord
 
-ROUNDING = 1e-4  # of the logits' scale: how far apart a pass that may round can leave them
+# How far apart a pass that may round can leave the logits of a token, as a share of their root mean square:
+# SUMMING for float32 sums in another order, of thousands of terms; and where results are kept in fewer bits, the error
+# of a layer times the square root of their number, as roundings add up like a random walk. Some ten values are rounded
+# on the way through a layer, each by eps / sqrt(12) on average, in both graphs: 1.3 eps. Twice that is allowed;
+# measured are 1.44 eps at most in bfloat16 (11 model types of four layers).
+SUMMING, LAYER_ROUNDING = 1e-4, 2.5
+_LARGEST = 6.0  # the largest of a hundred thousand errors over their root mean square
 _BATCHES = (((5, 3), (1, 1)), ((17, 1), (2, 4), (1, 1)), ((9, 9),))  # sequences of (first chunk, second chunk)
 _NUM_PAGES, _NUM_STATES = 256, 16
+# Where a graph chooses, experts mostly, rounding may turn a choice, and all that follows from it. Seldom, so that a
+# wrong pass is told by most of several draws of the tokens.
+_CHOICES = ("topk", "sort", "argsort", "argmax")
+_DRAWS = 5
 
 
 @dataclass
@@ -31,6 +44,7 @@ class Verifier:
 
     seed: int = 0
     _before: list[Tensor] = field(default_factory=list)
+    _num_layers: int = 1
 
     def before(self, step: Pass, gm: fx.GraphModule) -> None:
         if not self._before:
@@ -40,31 +54,44 @@ class Verifier:
         if not record.matches:
             return
         now = self._run(gm)
-        for batch, (old, new) in enumerate(zip(self._before, now, strict=True)):
-            problem = difference(old, new, exact=not getattr(step, "may_round", False))
-            if problem:
+        # Cached nodes are no longer of a kind; the canonical ones were counted before.
+        self._num_layers = max(self._num_layers, sum(kind_of(node.target) is not None for node in gm.graph.nodes))
+        exact = not getattr(step, "may_round", False)
+        for batch in range(len(_BATCHES)):
+            draws = zip(self._before[batch :: len(_BATCHES)], now[batch :: len(_BATCHES)], strict=False)
+            told = [difference(old, new, exact=exact, num_layers=self._num_layers) for old, new in draws]
+            problems = [problem for problem in told if problem]
+            if problems and (exact or 2 * len(problems) > len(told)):
                 raise PassError(
-                    f"pass {step.name!r} changed the logits of random batch {batch}: {problem}",
+                    f"pass {step.name!r} changed the logits of random batch {batch}: {problems[0]}",
                     where=repr(step),
                     fix="run the passes before it alone and compare the graphs",
                 )
         self._before = now
 
     def _run(self, gm: fx.GraphModule) -> list[Tensor]:
+        """The logits of each batch, for each draw of its tokens."""
         generator = torch.Generator().manual_seed(self.seed)
+        num_draws = _DRAWS if any(_chooses(node) for node in gm.graph.nodes) else 1
         with torch.no_grad():
-            return [run_batch(gm, batch, generator) for batch in _BATCHES]
+            return [run_batch(gm, batch, generator) for _ in range(num_draws) for batch in _BATCHES]
 
 
-def difference(old: Tensor, new: Tensor, *, exact: bool) -> str | None:
+def _chooses(node: fx.Node) -> bool:
+    return isinstance(node.target, torch._ops.OpOverload) and node.target._schema.name.split("::")[-1] in _CHOICES
+
+
+def difference(old: Tensor, new: Tensor, *, exact: bool, num_layers: int = 1) -> str | None:
     """None where the logits [R, V] agree, else how far they are apart."""
     if torch.equal(old, new):
         return None
-    apart = (old - new).abs().max().item()
-    scale = old.abs().max().item()
-    if not exact and apart <= ROUNDING * scale:
+    apart, values = (new.double() - old.double()).abs(), old.double()
+    scale_R1 = values.square().mean(-1, keepdim=True).sqrt()
+    allowed = SUMMING + LAYER_ROUNDING * torch.finfo(old.dtype).eps * num_layers**0.5
+    is_near = (apart.square().mean(-1, keepdim=True).sqrt() <= allowed * scale_R1).all()
+    if not exact and bool(is_near & (apart <= _LARGEST * allowed * scale_R1).all()):
         return None
-    return f"off by {apart:.3g} where the largest is {scale:.3g}"
+    return f"off by {apart.max().item():.3g} where the largest is {values.abs().max().item():.3g}"
 
 
 def run_batch(gm: fx.GraphModule, batch: Sequence[tuple[int, int]], generator: torch.Generator) -> Tensor:
