@@ -207,7 +207,7 @@ class _ArgumentNames(NamedTuple):
     aliased: tuple[_Argument, ...] | None
 
 
-_FIRST = (_Argument(0, "self"), _Argument(0, "input"))
+_FIRST = (_Argument(0, "self"),)
 
 
 def _pick(node: fx.Node, names: Iterable[_Argument] | None) -> list[fx.Node]:

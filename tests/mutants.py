@@ -12,8 +12,10 @@ import importlib
 import importlib.machinery
 import importlib.util
 import json
+import math
 import os
 import random
+import resource
 import signal
 import sys
 import tempfile
@@ -25,6 +27,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
+from typing import NamedTuple
 
 import hypothesis
 import pytest
@@ -32,22 +35,41 @@ from mutations import Edit, edits
 
 ROOT = Path(__file__).parents[1]
 PRELOADED = ("torch", "torch._dynamo", "torch._inductor.compile_fx", "transformers", "hypothesis.strategies", "numpy")
-# The tests that know a module best, the fastest first.
-_SHARING = ["test_memory", "test_fuzz_completeness", "test_passes_share_metadata", "test_fuzz_share_metadata"]
-TESTS = {
-    "autodeploy/equality.py": ["test_equality", *_SHARING, "test_dynamo_integers"],
-    "autodeploy/effects.py": ["test_effects", *_SHARING],
-    "autodeploy/aliasing.py": ["test_effects", "test_equality", *_SHARING],
-    "autodeploy/dependence.py": ["test_effects", *_SHARING, "test_mixing"],
-    "autodeploy/outline.py": _SHARING,
-    "autodeploy/mixing.py": ["test_mixing", "test_passes_nest_inputs"],
-    "autodeploy/runtime/pages.py": ["test_pages", "test_scheduler", "test_packer", "test_engine"],
-    "autodeploy/runtime/scheduler.py": ["test_scheduler", "test_packer", "test_engine"],
-}
+
+
+class Part(NamedTuple):
+    """Files of the package, the tests that know them best, the fastest first, and those that take longer.
+
+    `slow` are words in the names of single tests of `tests`, and further files.
+    """
+
+    paths: list[str]
+    tests: list[str]
+    slow: list[str]
+
+
+def _part(names: str, tests: str, slow: str = "") -> Part:
+    return Part([f"autodeploy/{name}.py" for name in names.split()], tests.split(), slow.split())
+
+
+_SHARING = "test_memory test_fuzz_completeness test_passes_share_metadata"
+_SLOW = "get_one_node random_graphs test_fuzz_share_metadata test_dynamo_integers"
+PARTS = [
+    _part("equality", f"test_equality {_SHARING}", _SLOW),
+    _part("effects", f"test_effects {_SHARING}", f"{_SLOW} test_canonicalize"),
+    _part("aliasing", f"test_effects test_equality {_SHARING}", f"{_SLOW} test_canonicalize"),
+    _part("dependence", f"test_effects {_SHARING}", _SLOW),
+    _part("outline", _SHARING, _SLOW),
+    _part("mixing", "test_mixing", "test_passes_nest_inputs"),
+    _part("step_cache step_files fingerprint graph_key machine", "test_step_key test_step_cache", "another_checkpoint"),
+    _part("runtime/pages", "test_pages test_scheduler test_packer test_engine"),
+    _part("runtime/scheduler", "test_scheduler test_packer test_engine"),
+]
 _OPTIONS = ["-o", "addopts=", "-x", "-q", "--no-header", "--tb=short", "-p", "no:cacheprovider", "-p", "no:xdist"]
 _OPTIONS += ["-W", "ignore::pytest.PytestAssertRewriteWarning"]  # hypothesis is loaded before pytest starts
-# How long a mutant may run: so many times what its module's tests take unchanged, and at least so many seconds.
-_PATIENCE, _LEAST_PATIENCE_S = 4, 30
+# How long a mutant may compute: so many times what its tests take unchanged, and at least so many seconds; and, as one
+# may wait for what never comes, how many times that on the clock.
+_PATIENCE, _LEAST_PATIENCE_S, _WAITING = 4, 20, 20
 
 
 @dataclass(frozen=True)
@@ -81,15 +103,18 @@ def mutants_of(path: str) -> list[Mutant]:
     return mutants
 
 
-def sample(mutants: Sequence[Mutant], count: int, seed: int) -> list[Mutant]:
-    """`count` of `mutants`: as evenly as can be over files, and within a file over functions."""
-    files: dict[str, dict[str, list[Mutant]]] = defaultdict(lambda: defaultdict(list))
-    for mutant in mutants:
-        files[mutant.path][mutant.function].append(mutant)
+def sample(parts: Sequence[Part], count: int, seed: int) -> list[Mutant]:
+    """`count` mutants: as evenly as can be over `parts`, and within a part over its functions.
+
+    The tables at the top of a file count as one function.
+    """
     queues = []
-    for path, functions in files.items():
-        draw = random.Random(f"{seed} {path}")  # a file's mutants do not depend on which other files are asked for
-        shuffled = [draw.sample(each, len(each)) for each in functions.values()]
+    for part in parts:
+        draw = random.Random(f"{seed} {part.paths}")  # whichever other parts are asked for
+        places: dict[tuple[str, str], list[Mutant]] = defaultdict(list)
+        for mutant in (mutant for path in part.paths for mutant in mutants_of(path)):
+            places[mutant.path, "" if mutant.function.lstrip("_").isupper() else mutant.function].append(mutant)
+        shuffled = [draw.sample(each, len(each)) for each in places.values()]
         queues.append(_in_turn(draw.sample(shuffled, len(shuffled))))
     return _in_turn(queues)[:count]
 
@@ -127,38 +152,44 @@ class _FirstFailure:
             self.name = self.name or f"import of {report.nodeid}"
 
 
-def run(path: str, tree: ast.Module, edit: Edit | None, tests: Sequence[str], timeout_s: float) -> tuple[str, str]:
-    """(fate, the test that saw it) of `edit` of the `tree` of the file `path`; no edit is the file as it is."""
-    with tempfile.TemporaryDirectory() as folder:
+class Ran(NamedTuple):
+    """What became of a mutant, by which test, and how many seconds it has computed."""
+
+    fate: str
+    by: str
+    seconds: float
+
+
+def run(path: str, tree: ast.Module, edit: Edit | None, tests: Sequence[str], limit_s: int) -> Ran:
+    """Run `tests`, arguments of pytest, with `edit` in the `tree` of the file `path`; None is the file as it is."""
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
         child = os.fork()
         if child == 0:
-            _run_tests(Path(folder), path, tree, edit, tests)
-        code = _wait(child, timeout_s)
-        name = Path(folder) / "failed"
-        by = name.read_text() if name.exists() else ""
-        log = Path(folder) / "log"
-        if code == 0:
-            return "survived", ""
-        if code in (pytest.ExitCode.TESTS_FAILED, pytest.ExitCode.INTERRUPTED):
-            return "killed", by
-        if code is None:
-            return "hung", ""
+            resource.setrlimit(resource.RLIMIT_CPU, (limit_s, limit_s + 5))
+            _run_tests(folder, path, tree, edit, tests)
+        code, seconds = _wait(child, limit_s * _WAITING)
+        if code in (None, -signal.SIGXCPU):
+            return Ran("hung", "", seconds)
         if code < 0:
-            return "died", f"signal {-code}"
-        raise RuntimeError(f"pytest could not run {tests}: {code}\n{log.read_text()[-2000:]}")
+            return Ran("died", f"signal {-code}", seconds)
+        by = (folder / "failed").read_text()
+        if code not in (0, pytest.ExitCode.TESTS_FAILED, pytest.ExitCode.INTERRUPTED):
+            raise RuntimeError(f"pytest could not run {tests}: {code}\n{(folder / 'log').read_text()[-2000:]}")
+        return Ran("killed" if code else "survived", by, seconds)
 
 
-def _wait(child: int, timeout_s: float) -> int | None:
-    """The exit code of `child`, negative for a signal, None where it had to be ended."""
+def _wait(child: int, timeout_s: float) -> tuple[int | None, float]:
+    """The exit code of `child`, negative for a signal, None where it had to be ended; and its seconds of computing."""
     deadline = time.monotonic() + timeout_s
     while time.monotonic() < deadline:
-        done, status = os.waitpid(child, os.WNOHANG)
+        done, status, usage = os.wait4(child, os.WNOHANG)
         if done:
-            return os.waitstatus_to_exitcode(status)
+            return os.waitstatus_to_exitcode(status), usage.ru_utime + usage.ru_stime
         time.sleep(0.02)
     os.killpg(child, signal.SIGKILL)
-    os.waitpid(child, 0)
-    return None
+    _, _, usage = os.wait4(child, 0)
+    return None, usage.ru_utime + usage.ru_stime
 
 
 def _run_tests(folder: Path, path: str, tree: ast.Module, edit: Edit | None, tests: Sequence[str]) -> None:
@@ -177,43 +208,31 @@ def _run_tests(folder: Path, path: str, tree: ast.Module, edit: Edit | None, tes
         with edit.applied() if edit else nullcontext():
             sys.meta_path.insert(0, _Mutated(path, tree))
             code = int(pytest.main([*_OPTIONS, *tests], plugins=[first]))
-        (folder / "failed").write_text(first.name)
     except BaseException:
         traceback.print_exc()
     finally:
+        (folder / "failed").write_text(first.name)
         sys.stdout.flush()
         sys.stderr.flush()
         os._exit(code)
 
 
-def survey(chosen: Sequence[Mutant]) -> Iterator[Mutant]:
-    """The fate of each of `chosen`, file by file."""
-    by_path: dict[str, list[Mutant]] = defaultdict(list)
+def survey(part: Part, chosen: Sequence[Mutant], is_slow: bool) -> Iterator[Mutant]:
+    """The fate of each of `chosen`, mutants of `part`."""
+    files = [name for name in part.slow if name.startswith("test_")]
+    without = " and ".join(f"not {word}" for word in part.slow if word not in files)
+    tests = [f"tests/{name}.py" for name in (*part.tests, *(files if is_slow else ()))]
+    tests += [] if is_slow else ["-k", without]
+    trees = {path: ast.parse((ROOT / path).read_text()) for path in part.paths}
+    found = {path: edits(tree) for path, tree in trees.items()}
+    unchanged = run(part.paths[0], trees[part.paths[0]], None, tests, limit_s=3600)
+    if unchanged.fate != "survived":
+        raise RuntimeError(f"{unchanged.by} fails with nothing changed")
+    print(f"{' '.join(tests)}: {unchanged.seconds:.0f} s", flush=True)
+    limit_s = max(_LEAST_PATIENCE_S, math.ceil(_PATIENCE * unchanged.seconds))
     for mutant in chosen:
-        by_path[mutant.path].append(mutant)
-    seconds: dict[str, float] = {}
-    for path, mutants in by_path.items():
-        tree = ast.parse((ROOT / path).read_text())
-        found = edits(tree)
-        tests = [f"tests/{name}.py" for name in TESTS[path]]
-        for test in tests:
-            seconds[test] = seconds.get(test) or _seconds_unchanged(test)
-        patience = max(_LEAST_PATIENCE_S, _PATIENCE * sum(seconds[test] for test in tests))
-        for mutant in mutants:
-            started = time.monotonic()
-            fate, by = run(path, tree, found[mutant.number], tests, patience)
-            yield replace(mutant, fate=fate, by=by, seconds=round(time.monotonic() - started, 1))
-
-
-def _seconds_unchanged(test: str) -> float:
-    """How long a file of tests takes where nothing is wrong; raises RuntimeError where it fails."""
-    started = time.monotonic()
-    path = next(iter(TESTS))
-    fate, by = run(path, ast.parse((ROOT / path).read_text()), None, [test], timeout_s=3600)
-    if fate != "survived":
-        raise RuntimeError(f"{test} fails with nothing changed: {by}")
-    print(f"{test}: {time.monotonic() - started:.0f} s", flush=True)
-    return time.monotonic() - started
+        ran = run(mutant.path, trees[mutant.path], found[mutant.path][mutant.number], tests, limit_s)
+        yield replace(mutant, **ran._asdict())
 
 
 def _report(done: Sequence[Mutant]) -> None:
@@ -233,26 +252,31 @@ def main() -> None:
     parser.add_argument("--count", type=int, default=200)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--modules", nargs="+", help="words in the paths of the files", default=[""])
+    parser.add_argument("--slow", action="store_true", help="run the slow tests, too")
     parser.add_argument("--log", type=Path, default=Path("mutants.jsonl"), help="where each fate is written")
     parser.add_argument("--resume", action="store_true", help="believe the log where it says that one was noticed")
     options = parser.parse_args()
     os.chdir(ROOT)
-    paths = [path for path in TESTS if any(word in path for word in options.modules)]
-    chosen = sample([mutant for path in paths for mutant in mutants_of(path)], options.count, options.seed)
-    known = {}
-    if options.resume and options.log.exists():
-        logged = [Mutant(**json.loads(line)) for line in options.log.read_text().splitlines()]
-        known = {mutant.identity: mutant for mutant in logged if mutant.fate != "survived"}
+    parts = [part for part in PARTS if any(word in path for word in options.modules for path in part.paths)]
+    chosen = sample(parts, options.count, options.seed)
+    known = _noticed(options.log) if options.resume else {}
+    done = [known[mutant.identity] for mutant in chosen if mutant.identity in known]
     for name in PRELOADED:
         importlib.import_module(name)
-    done = [known[mutant.identity] for mutant in chosen if mutant.identity in known]
     with options.log.open("a" if options.resume else "w") as log:
-        for mutant in survey([mutant for mutant in chosen if mutant.identity not in known]):
-            done.append(mutant)
-            print(f"{mutant.fate:8} {mutant.seconds:6.1f} s  {mutant}", flush=True)
-            log.write(json.dumps(asdict(mutant)) + "\n")
-            log.flush()
+        for part in parts:
+            left = [mutant for mutant in chosen if mutant.path in part.paths and mutant.identity not in known]
+            for mutant in survey(part, left, options.slow) if left else ():
+                done.append(mutant)
+                print(f"{mutant.fate:8} {mutant.seconds:6.1f} s  {mutant}", flush=True)
+                log.write(json.dumps(asdict(mutant)) + "\n")
+                log.flush()
     _report(done)
+
+
+def _noticed(log: Path) -> dict[tuple[str, ...], Mutant]:
+    logged = [Mutant(**json.loads(line)) for line in log.read_text().splitlines()] if log.exists() else []
+    return {mutant.identity: mutant for mutant in logged if mutant.fate != "survived"}
 
 
 if __name__ == "__main__":

@@ -194,8 +194,8 @@ class Foreign(torch.nn.Module):
         self.state = torch.nn.Buffer(torch.zeros(2))
 
 
-def hooked(leaf: torch.nn.Module) -> torch.nn.Module:
-    leaf.register_forward_pre_hook(lambda module, args: args[0].zero_())
+def hooked(leaf: torch.nn.Module, kind: str = "forward_pre") -> torch.nn.Module:
+    getattr(leaf, f"register_{kind}_hook")(lambda module, args, *result: args[0].zero_())
     return leaf
 
 
@@ -209,6 +209,7 @@ def hooked(leaf: torch.nn.Module) -> torch.nn.Module:
         (torch.nn.Sequential(torch.nn.Sequential(torch.nn.ReLU(inplace=True))), True),
         (torch.nn.Sequential(Foreign()), True),
         (hooked(torch.nn.Tanh()), True),
+        (hooked(torch.nn.Tanh(), "forward"), True),
         (torch.nn.Sequential(hooked(torch.nn.Tanh())), True),
     ],
 )

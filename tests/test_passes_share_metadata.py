@@ -10,13 +10,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from layout_graphs import OPS, Build, Draw, call, example, module, random_module, run
 from tiny_models import MODEL_TYPES, tokens
-from torch import fx
+from torch import fx, nn
 from traces import apply, before, text
 
 from autodeploy import pipeline
-from autodeploy.dependence import split
+from autodeploy.dependence import input_roles, split
 from autodeploy.errors import UnsupportedFeature
-from autodeploy.graph import PREPARE, prepare_nodes
+from autodeploy.graph import PREPARE, ROLE, prepare_nodes
 from passes import NestInputs, ShareMetadata
 
 aten = torch.ops.aten
@@ -276,6 +276,25 @@ def test_a_graph_without_roles_is_shared_by_the_dtypes_of_its_inputs() -> None:
     assert ShareMetadata().apply(gm) == 0
     with pytest.raises(UnsupportedFeature, match="shared already"):
         NestInputs().apply(gm)
+
+
+@pytest.mark.parametrize(
+    ("value", "role"),
+    [(torch.zeros(2, dtype=torch.int64), "layout"), (torch.ones(2) > 0, "layout"), (3, "layout"), (True, "layout")]
+    + [
+        (torch.zeros(2), None),
+        (torch.zeros(2) * 1j, None),
+        (nn.Parameter(torch.ones(2) > 0, False), None),
+        (None, None),
+    ],
+)
+def test_inputs_without_a_role_are_judged_by_their_values(value: object, role: str | None) -> None:
+    graph = fx.Graph()
+    node = graph.placeholder("x")
+    node.meta["val"] = value
+    assert input_roles(graph) == {node: role}
+    graph.placeholder("layout").meta[ROLE] = "layout"
+    assert (input_roles(graph)[node] == "layout") == isinstance(value, int), "others have been given a role"
 
 
 def test_a_graph_without_metadata_is_left_alone() -> None:
