@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from typing import Any
 
 import pytest
@@ -65,6 +65,9 @@ DIFFERENT: dict[str, Callable[[Tensor, Tensor], Any]] = {
     "constants": lambda x, y: x * torch.tensor([1.0, 0.0]).sum() * torch.tensor([1.0, -0.0]).sum(),
     "constants of other dtypes": lambda x, y: x * torch.tensor([1.0]) * torch.tensor([1], dtype=torch.int32),
     "branches": lambda x, y: _branch(x, torch.sin) * _branch(x, torch.cos),
+    "arguments in branches": lambda x, y: _branch(x, lambda x: x + 1) * _branch(x, lambda x: x + 2),
+    "places in branches": lambda x, y: _branch(x, lambda x: (x + 1) / x) * _branch(x, lambda x: x / (x + 1)),
+    "dtypes in branches": lambda x, y: _branch(x, lambda x: x.to(torch.half) + x) * _branch(x, lambda x: x.int() + x),
 }
 
 
@@ -131,6 +134,12 @@ def named(**tensors: Tensor) -> list[fx.Node]:
     return fx.GraphModule(root, graph).graph.find_nodes(op="get_attr")
 
 
+def mark(nodes: list[fx.Node], owned: Collection[Any]) -> None:
+    gm = nodes[0].graph.owning_module
+    assert gm is not None
+    mark_constants(gm, owned)
+
+
 ZEROS = torch.zeros(4, 4)
 NOT_THE_SAME: dict[str, tuple[Tensor, Tensor]] = {
     "buffers of equal bits": (torch.nn.Buffer(torch.zeros(3)), torch.nn.Buffer(torch.zeros(3))),
@@ -147,6 +156,15 @@ NOT_THE_SAME: dict[str, tuple[Tensor, Tensor]] = {
 def test_tensors_of_the_model_are_equal_only_if_they_are_the_same(case: str) -> None:
     one, other = NOT_THE_SAME[case]
     nodes = named(one=one, other=other, again=one)
+    mark(nodes, {*storages(one), *storages(other)})
+    assert merge_equal(nodes[0].graph, nodes) == {nodes[2]}
+
+
+@pytest.mark.parametrize("case", ["tensors of no memory", "sparse tensors", "lazily conjugated"])
+def test_so_are_constants_of_tracing_whose_bits_do_not_say_all(case: str) -> None:
+    one, other = NOT_THE_SAME[case]
+    nodes = named(one=one, other=other, again=one)
+    mark(nodes, ())
     assert merge_equal(nodes[0].graph, nodes) == {nodes[2]}
 
 
@@ -154,9 +172,7 @@ def test_tensors_of_the_model_are_equal_only_if_they_are_the_same(case: str) -> 
 def test_constants_of_tracing_are_equal_by_their_bits(value: Tensor) -> None:
     same = torch.empty_strided(value.shape, value.stride(), dtype=value.dtype).copy_(value)
     nodes = named(one=value, same=same, other=value.to(torch.complex64))
-    gm = nodes[0].graph.owning_module
-    assert gm is not None
-    mark_constants(gm, set())
+    mark(nodes, ())
     assert merge_equal(nodes[0].graph, nodes) == {nodes[1]}
 
 

@@ -280,8 +280,11 @@ def test_a_graph_without_roles_is_shared_by_the_dtypes_of_its_inputs() -> None:
 
 @pytest.mark.parametrize(
     ("value", "role"),
-    [(torch.zeros(2, dtype=torch.int64), "layout"), (torch.ones(2) > 0, "layout"), (3, "layout"), (True, "layout")]
-    + [
+    [
+        (torch.zeros(2, dtype=torch.int64), "layout"),
+        (torch.ones(2) > 0, "layout"),
+        (3, "layout"),
+        (True, "layout"),
         (torch.zeros(2), None),
         (torch.zeros(2) * 1j, None),
         (nn.Parameter(torch.ones(2) > 0, False), None),
