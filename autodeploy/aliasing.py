@@ -57,7 +57,8 @@ _MAY_ALIAS = frozenset(
     ]
 )
 
-_NO_CONTAINERS = (torch.Tensor, torch.SymInt, torch.SymFloat, torch.SymBool, int, float)
+_NUMBERS = (torch.SymInt, torch.SymFloat, torch.SymBool, int, float)
+_NO_CONTAINERS = (torch.Tensor, *_NUMBERS)
 # These write to copies, which they return.
 _FUNCTIONALIZED = (torch.ops.higher_order.auto_functionalized, torch.ops.higher_order.auto_functionalized_v2)
 _VIEWING_OPERATORS = (operator.getitem, operator.pos)
@@ -90,8 +91,14 @@ def mutated(graph: fx.Graph) -> Writes:
 
 
 def _written(graph: fx.Graph, writers: Iterable[fx.Node], holders: _Holders) -> set[fx.Node]:
-    found = sharing((arg for node in writers for arg in writes(node)), holders)
+    written = ((node, arg) for node in writers for arg in writes(node))
+    # Nothing writes to a number, but FX writes `n += 1` as it stands, for all who read n.
+    found = sharing((arg for node, arg in written if is_in_place_operator(node.target) or not _is_number(arg)), holders)
     return sharing(found | _perhaps_the_same(graph, found), holders) if found else found
+
+
+def _is_number(node: fx.Node) -> bool:
+    return is_measure(node) or isinstance(recorded_value(node), _NUMBERS)
 
 
 def sharing(nodes: Iterable[fx.Node], holders: _Holders | None = None) -> set[fx.Node]:

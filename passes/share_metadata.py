@@ -38,7 +38,7 @@ class ShareMetadata:
 
     def apply(self, gm: fx.GraphModule) -> int:
         parts = split(gm)
-        if parts.metadata:
+        if parts.metadata or not parts.known.issuperset(prepare_nodes(gm)):
             parts = _collect(gm, parts)
         moved, num_known = len(parts.metadata), len(parts.known)
         parts = _merge(gm, parts)

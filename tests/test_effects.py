@@ -326,6 +326,16 @@ def test_inputs_may_be_one_another() -> None:
     assert same not in mutated(written.graph).values
 
 
+def test_numbers_are_written_to_by_operators_alone() -> None:
+    (x,) = inputs(torch.zeros(2))
+    first, second = (x.graph.call_method("size", (x, 0)) for _ in range(2))
+    x.graph.call_function(print, (first,))
+    x.graph.call_function(operator.iadd, (second, 1))
+    written = mutated(x.graph).values
+    assert second in written
+    assert first not in written
+
+
 @pytest.mark.parametrize("target", [aten.set_.source_Tensor, aten.set_data.default])
 def test_what_is_made_to_share_storage_does(target: Callable[..., Any]) -> None:
     x, y = inputs(torch.zeros(2), torch.zeros(2))

@@ -268,6 +268,26 @@ def test_sizes_are_read_where_they_are_asked() -> None:
     assert [int(value[0, 0]) for value in gm(example(3), example(4))] == [4, 9, 6]
 
 
+def test_what_is_metadata_no_longer_comes_out_again() -> None:
+    """A number that prepare_metadata reads is changed by what has come since."""
+
+    def build(graph: fx.Graph, layout: fx.Node, x: fx.Node) -> fx.Node:
+        return call(aten.add.Tensor, x, call(aten.mul.Tensor, layout, graph.call_method("size", (layout, 1))))
+
+    gm = module(build)
+    share(gm)
+    output, size = gm.graph.output_node(), gm.graph.find_nodes(op="call_method", target="size")[0]
+    with gm.graph.inserting_before(output):
+        more = call(aten.mul.Tensor, output.args[0], gm.graph.call_function(operator.iadd, (size, 1)))
+        output.args = ((more, call(aten.mul.Tensor, output.args[0], size)),)
+    x, layout = example(3), example(4)
+    gm.recompile()
+    want = gm(x, layout)
+    pipeline.run(gm, [ShareMetadata()])
+    assert not prepare_nodes(gm)
+    assert all(map(torch.equal, want, gm(x, layout)))
+
+
 def test_a_graph_without_roles_is_shared_by_the_dtypes_of_its_inputs() -> None:
     gm = before("nest_inputs")
     want = gm(**tokens(2, 9))
