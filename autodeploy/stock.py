@@ -26,7 +26,8 @@ _LIBRARY = "transformers"
 _PLAIN = (type(None), bool, int, float, complex, str, bytes, torch.dtype, torch.device)
 _FUNCTIONS = (FunctionType, BuiltinFunctionType, MethodDescriptorType, WrapperDescriptorType)
 _GLOBAL_HOOKS = tuple(name for name in vars(torch.nn.modules.module) if name.startswith("_global_") and "hook" in name)
-_RANDOM = ("SESSION_ID",)  # which transformers.utils.hub draws in each process, to tell it to the hub
+# Drawn in each process, to tell it to the hub; and two lists to which classes add themselves when they are first used.
+_OF_THE_PROCESS = ("SESSION_ID", "_CAN_RECORD_REGISTRY", "_registered_model_output_types")
 _REGISTERED = ("_parameters", "_buffers", "_modules")
 
 
@@ -131,7 +132,7 @@ class _Library:
             name = self._waiting.pop(0)
             self._fingerprint.add(name)
             for attribute, value in sorted(vars(sys.modules[name]).items()):
-                if not attribute.startswith("__") and attribute not in _RANDOM:
+                if not attribute.startswith("__") and attribute not in _OF_THE_PROCESS:
                     self._fingerprint.add(attribute)
                     self._value(value)
 

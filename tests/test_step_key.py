@@ -182,6 +182,12 @@ def test_a_copy_has_the_same_keys(plain: tuple[str | None, str]) -> None:
     assert plain[0] is not None
 
 
+def test_other_models_in_the_process_are_no_difference(plain: tuple[str | None, str]) -> None:
+    for model_type in ("gpt2", "gpt_oss", "lfm2"):
+        tiny(model_type, 1)
+    assert stock_key(llama(), "") == plain[0]
+
+
 def test_an_edited_class_and_a_users_constant_have_another_key(monkeypatch: pytest.MonkeyPatch) -> None:
     edited = [llama(), llama()]
     for model, factor in zip(edited, (3.0, 4.0), strict=True):
