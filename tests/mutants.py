@@ -60,7 +60,7 @@ PARTS = [
     _part("aliasing", f"test_effects test_equality {_SHARING}", f"{_SLOW} test_canonicalize"),
     _part("dependence", f"test_effects {_SHARING}", _SLOW),
     _part("outline", _SHARING, _SLOW),
-    _part("mixing", "test_mixing", "test_passes_nest_inputs"),
+    _part("mixing along", "test_mixing", "test_passes_nest_inputs test_token_sweep"),
     _part("step_cache step_files fingerprint graph_key machine", "test_step_key test_step_cache", "another_checkpoint"),
     _part("runtime/pages", "test_pages test_scheduler test_packer test_engine"),
     _part("runtime/scheduler", "test_scheduler test_packer test_engine"),
