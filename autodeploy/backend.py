@@ -18,6 +18,7 @@ from autodeploy.ops.spec import CacheSpec
 from autodeploy.own_passes import own_passes
 from autodeploy.pipeline import Observer, Pass
 from autodeploy.report import Report
+from autodeploy.spec import ValueChecker
 from autodeploy.trace import TRACE_SECONDS
 from autodeploy.verify import Verifier
 from autodeploy.viz import GraphDiff, Recorder, Snapshot, Trace
@@ -51,14 +52,15 @@ def apply(
 
     `backend` is "auto", a backend's name, or a mapping from layer type or kind to a name. `passes` replaces the
     default list; a name stands for the default pass of that name. With `verify`, the graph is run before and after
-    each pass on random ragged batches, and the first pass that changes a bit it may not change is an error. A
+    each pass on random ragged batches, and the first pass that changes a bit it may not change is an error; so is one
+    that leaves a recorded value wrong. A
     `recorder` keeps the graph after each pass; when a pass raises, its `trace()` ends with that pass.
     Raises UnknownName, OptionError, NoAttentionFound, UnsupportedFeature or PassError.
     """
     check_backend_choice(backend)
     steps = resolve_passes(passes, backend, page_size)
     copy = copy_module(gm)
-    observers: list[Observer] = [Verifier()] if verify else []
+    observers: list[Observer] = [ValueChecker(), Verifier()] if verify else []
     with recorder or nullcontext():
         records = pipeline.run(copy, steps, [recorder, *observers] if recorder else observers)
     report = Report.of(records, copy, gm.meta.get(TRACE_SECONDS, 0.0))

@@ -10,6 +10,8 @@ from torch import fx
 from torch.fx.node import map_aggregate
 from torch.fx.proxy import GraphAppendingTracer, Proxy
 
+from autodeploy.values import VALUE, record_values
+
 PREPARE = "prepare_metadata"
 ROLE = "autodeploy_role"  # meta of placeholders: "layout", "constant", "tokens", "cache" or "weight"
 CONSTANT = "autodeploy_constant"  # meta of get_attr nodes: tracing made this tensor, it is nobody's to change
@@ -60,19 +62,19 @@ def placeholder(gm: fx.GraphModule, role: str) -> fx.Node | None:
     return next(iter(placeholders(gm, role)), None)
 
 
-def add_placeholder(gm: fx.GraphModule, name: str, role: str) -> fx.Node:
-    """A new graph input after those there are."""
+def add_placeholder(gm: fx.GraphModule, name: str, role: str, value: Any) -> fx.Node:
+    """A new graph input after those there are; `value` is its fake tensor."""
     last = placeholders(gm)
     with gm.graph.inserting_after(last[-1]) if last else gm.graph.inserting_before(next(iter(gm.graph.nodes))):
         node = gm.graph.placeholder(name)
-    node.meta[ROLE] = role
+    node.meta |= {ROLE: role, VALUE: value}
     return node
 
 
 def record(before: fx.Node, function: Callable[..., Any], *args: Any) -> Any:
     """Run `function` on proxies and put the nodes it makes in front of `before`; fx.Nodes in, fx.Nodes out.
 
-    New nodes are given the module path and source line of `before`.
+    New nodes are given their values, and the module path and source line of `before`.
     """
     graph = before.graph
     tracer = GraphAppendingTracer(graph)
@@ -86,11 +88,20 @@ def record(before: fx.Node, function: Callable[..., Any], *args: Any) -> Any:
 
     with graph.inserting_before(before):
         result = function(*map_aggregate(args, to_proxy))
-    node = previous.next
-    while node is not before:
+    nodes = between(previous, before)
+    for node in nodes:
         node.meta = {key: before.meta[key] for key in ("nn_module_stack", "stack_trace") if key in before.meta}
-        node = node.next
+    record_values(nodes)
     return map_aggregate(result, to_node)
+
+
+def between(previous: fx.Node, before: fx.Node) -> list[fx.Node]:
+    """The nodes after `previous` and in front of `before`."""
+    nodes = []
+    while previous.next is not before:
+        previous = previous.next
+        nodes.append(previous)
+    return nodes
 
 
 def prepare_nodes(gm: fx.GraphModule) -> list[fx.Node]:

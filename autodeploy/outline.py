@@ -12,6 +12,7 @@ from torch.fx.graph_module import _assign_attr, _has_attr
 from autodeploy.dependence import Split, input_roles, is_prepare
 from autodeploy.graph import PREPARE, ROLE, get_attribute, placeholders
 from autodeploy.spelling import attribute
+from autodeploy.values import VALUE
 
 
 def outline(gm: fx.GraphModule, parts: Split) -> None:
@@ -149,6 +150,8 @@ def _call(gm: fx.GraphModule, arguments: list[fx.Node], results: list[fx.Node]) 
     with gm.graph.inserting_after(last):
         call = gm.graph.call_module(PREPARE, tuple(arguments))
     call.name = PREPARE
+    if all(VALUE in node.meta for node in results):
+        call.meta[VALUE] = tuple(node.meta[VALUE] for node in results)
     last = call
     for index, node in enumerate(results):
         with gm.graph.inserting_after(last):

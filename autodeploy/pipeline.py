@@ -88,12 +88,12 @@ def run(gm: fx.GraphModule, passes: Sequence[Pass], observers: Iterable[Observer
     observers = list(observers)
     records = []
     _drop_dead_code(gm)
-    counts = count(gm, split(gm))
+    counts, typed = count(gm, split(gm)), spec.is_typed(gm)
     for step in passes:
         for observer in observers:
             observer.before(step, gm)
         with _without_collector():
-            record = _apply(gm, step, counts)
+            record = _apply(gm, step, counts, typed)
         records.append(record)
         counts = record.after
         if observers:
@@ -116,12 +116,12 @@ def _without_collector() -> Iterator[None]:
             gc.enable()
 
 
-def _apply(gm: fx.GraphModule, step: Pass, before: Counts) -> PassRecord:
+def _apply(gm: fx.GraphModule, step: Pass, before: Counts, typed: bool) -> PassRecord:
     take_near_misses(gm)
     start = time.perf_counter()
     try:
         matches = step.apply(gm)
-        after = _tidy(gm)
+        after = _tidy(gm, typed)
     except AutodeployError as error:
         error.add_note(f"  pass:  {step.name}")
         raise
@@ -132,11 +132,11 @@ def _apply(gm: fx.GraphModule, step: Pass, before: Counts) -> PassRecord:
     return PassRecord(step.name, repr(step), matches, misses, before, after, seconds)
 
 
-def _tidy(gm: fx.GraphModule) -> Counts:
+def _tidy(gm: fx.GraphModule, typed: bool) -> Counts:
     """Drop dead code and check the invariants."""
     _drop_dead_code(gm)
     parts = split(gm)
-    spec.check(gm, parts)
+    spec.check(gm, parts, typed=typed)
     return count(gm, parts)
 
 

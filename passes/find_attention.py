@@ -27,6 +27,7 @@ from autodeploy.attention_forms.rewrite import rewrite
 from autodeploy.errors import NoAttentionFound, node_location
 from autodeploy.graph import near_miss, take_near_misses
 from autodeploy.ops.registry import kind_of
+from autodeploy.values import retype
 
 CANONICAL = "autodeploy_canonical"
 _HEARTS = (SDPA, *SOFTMAXES)
@@ -53,11 +54,13 @@ class FindAttention:
             written = write_out(gm, node)
             hearts.append(_Heart(node, written.softmax, written))
         matcher = Matcher(gm, learn_without_flex(gm)) if hearts else None
+        stale: list[fx.Node] = []
         for heart in hearts:
             assert matcher is not None
-            reason = _reduce(gm, heart, matcher)
+            reason = _reduce(gm, heart, matcher, stale)
             if reason is not None:
                 near_miss(gm, heart.node, reason)
+        retype(gm.graph, stale)
         for node in gm.graph.find_nodes(op="call_function", target=_CONVOLUTION):
             near_miss(gm, node, "mixes tokens outside the transformers interfaces")
         canonical = [node for node in gm.graph.nodes if kind_of(node.target) is not None]
@@ -80,8 +83,11 @@ class _Heart:
     written: WrittenOut | None = None
 
 
-def _reduce(gm: fx.GraphModule, heart: _Heart, matcher: Matcher) -> str | None:
-    """Make the attention around `heart` canonical, or say why not; None as well where it is no attention."""
+def _reduce(gm: fx.GraphModule, heart: _Heart, matcher: Matcher, stale: list[fx.Node]) -> str | None:
+    """Make the attention around `heart` canonical, or say why not; None as well where it is no attention.
+
+    Adds to `stale` the nodes whose values are to be made again.
+    """
     reason = None
     try:
         found = matcher.match(heart.softmax, hides_rows=heart.written is not None)
@@ -89,7 +95,7 @@ def _reduce(gm: fx.GraphModule, heart: _Heart, matcher: Matcher) -> str | None:
     except Refused as refused:
         found, reason = None, str(refused)
     if found and reason is None:
-        rewrite(found, heart.written.output if heart.written else found.output)
+        stale += rewrite(found, heart.written.output if heart.written else found.output)
     if heart.written:
         heart.written.erase()
     if heart.written and found and reason is None:

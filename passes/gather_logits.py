@@ -15,6 +15,7 @@ from torch import Tensor, fx
 
 from autodeploy.graph import near_miss, placeholder, record
 from autodeploy.metadata import fields
+from autodeploy.values import replace_node, retype
 
 _aten = torch.ops.aten
 # Ops that treat each row of their first argument [1, T, ...] alone, whatever their other (non-tensor) arguments.
@@ -50,7 +51,7 @@ class GatherLogits:
             return 0
         user = place.next
         rows = record(user, _select, place, layout)
-        place.replace_all_uses_with(rows, delete_user_cb=lambda node: node is not rows)
+        retype(gm.graph, replace_node(place, rows))
         output.args = (record(output, _aten.squeeze.dim, output.args[0], 0),)
         return 1
 

@@ -19,9 +19,10 @@ from torch import fx
 
 from autodeploy.arguments import integer
 from autodeploy.graph import SITE, add_placeholder, near_miss, placeholder, record
-from autodeploy.metadata.layout import LayoutSpec
+from autodeploy.metadata.layout import POOL_HINT, LayoutSpec
 from autodeploy.ops.registry import check_backend_choice, choose_backend, kind_of
 from autodeploy.ops.spec import Backend, CacheSpec, Site
+from autodeploy.values import mode_of, new_size, replace_node, retype
 
 LAYOUT_SPEC, CACHE_SPECS = "autodeploy_layout_spec", "autodeploy_cache_specs"
 
@@ -57,8 +58,15 @@ class InsertCachedAttention:
         plans = self._plan(nodes)
         spec = LayoutSpec(plans[0][1].page_size, _windows(plans), has_state=any(_keeps_state(plan) for plan in plans))
         specs: list[CacheSpec] = []
+        stale: list[fx.Node] = []
+        pools = _Pools(gm.graph, spec.page_size)
         for index, (node, site, backend) in enumerate(plans):
-            specs += _rewrite(gm, node, layout, replace(site, num_groups=spec.num_groups), backend, index)
+            site = replace(site, num_groups=spec.num_groups)
+            of_node = [replace(cache, name=f"{cache.name}_{index}", group=site.group) for cache in backend.caches(site)]
+            caches = [add_placeholder(gm, each.name, "cache", pools.empty(each, site.device)) for each in of_node]
+            stale += _rewrite(gm, node, layout, site, backend, tuple(caches))
+            specs += of_node
+        retype(gm.graph, stale)
         gm.meta[LAYOUT_SPEC], gm.meta[CACHE_SPECS] = spec, specs
         return len(plans)
 
@@ -97,11 +105,28 @@ def _keeps_state(plan: tuple[fx.Node, Site, Backend]) -> bool:
     return any(cache.kind == "state" for cache in backend.caches(site))
 
 
+class _Pools:
+    """Fake caches of a graph: one number of pages for each KV group, one of state slots for all."""
+
+    def __init__(self, graph: fx.Graph, page_size: int) -> None:
+        self.mode, self.page_size = mode_of(graph), page_size
+        self.sizes: dict[str, torch.SymInt] = {}
+
+    def empty(self, spec: CacheSpec, device: torch.device) -> torch.Tensor:
+        """The value of the cache that `spec` describes."""
+        assert self.mode is not None, "the canonical nodes were described by their values"
+        name = f"pages_{spec.group}" if spec.kind == "paged" else "state_slots"
+        if name not in self.sizes:
+            self.sizes[name] = new_size(self.mode, name, POOL_HINT)
+        pool = (self.sizes[name], self.page_size) if spec.kind == "paged" else (self.sizes[name],)
+        with self.mode:
+            return torch.empty(*pool, *spec.shape, dtype=spec.dtype, device=device)
+
+
 def _rewrite(
-    gm: fx.GraphModule, node: fx.Node, layout: fx.Node, site: Site, backend: Backend, index: int
-) -> list[CacheSpec]:
-    specs = [replace(cache, name=f"{cache.name}_{index}", group=site.group) for cache in backend.caches(site)]
-    caches = tuple(add_placeholder(gm, spec.name, "cache") for spec in specs)
+    gm: fx.GraphModule, node: fx.Node, layout: fx.Node, site: Site, backend: Backend, caches: tuple[fx.Node, ...]
+) -> list[fx.Node]:
+    """Call `backend` in place of `node`; returns the nodes whose values are to be made again."""
     num_tokens = record(node, torch.ops.aten.sym_size.int, placeholder(gm, "tokens"), 0)
     kind = kind_of(node.target)
     assert kind is not None
@@ -113,9 +138,9 @@ def _rewrite(
     result = record(node, cached, layout, num_tokens, tensors, caches)
     for user in _cached_nodes(caches):
         user.meta[SITE] = site
-    node.replace_all_uses_with(result)
+    stale = replace_node(node, result)
     gm.graph.erase_node(node)
-    return specs
+    return stale
 
 
 def _cached_nodes(caches: tuple[fx.Node, ...]) -> set[fx.Node]:

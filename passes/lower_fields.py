@@ -26,10 +26,11 @@ from torch import fx
 
 from autodeploy.effects import is_pure
 from autodeploy.equality import merge_equal
-from autodeploy.graph import PREPARE, SITE, record
+from autodeploy.graph import PREPARE, SITE, prepare_nodes, record
 from autodeploy.metadata import fields
 from autodeploy.ops.registry import field_launcher
 from autodeploy.ops.spec import FieldLauncher, FieldRequest
+from autodeploy.values import replace_node, retype
 
 
 @dataclass(frozen=True)
@@ -43,18 +44,20 @@ class LowerFields:
         if not isinstance(prepare, fx.GraphModule):
             return 0
         launcher = _launcher(gm)
-        lowered = 0
+        lowered, stale = 0, list[fx.Node]()
         while waiting := [node for node in _fields(prepare) if not _can_launch(node, launcher)]:
             lowered += len(waiting)
             for node in waiting:
-                _expand(node)
+                stale += _expand(node)
         if launcher and (together := _fields(prepare)):
             lowered += len(together)
-            _launch(prepare, launcher, together)
+            stale += _launch(prepare, launcher, together)
         if lowered:
+            retype(prepare.graph, stale)
             merge_equal(prepare.graph, [node for node in prepare.graph.nodes if is_pure(node)])
             prepare.graph.eliminate_dead_code()
             prepare.recompile()
+            retype(gm.graph, prepare_nodes(gm))
         return lowered
 
 
@@ -89,14 +92,16 @@ def _request(node: fx.Node) -> FieldRequest:
     return FieldRequest(fields.of_op(node.target).name, tuple(parameters))
 
 
-def _expand(node: fx.Node) -> None:
+def _expand(node: fx.Node) -> list[fx.Node]:
+    """Write `node` out; returns the nodes whose values are to be made again."""
     value = record(node, fields.of_op(node.target).formula, *_arguments(node).values())
-    node.replace_all_uses_with(value)
+    stale = replace_node(node, value)
     node.graph.erase_node(node)
+    return stale
 
 
-def _launch(prepare: fx.GraphModule, launcher: FieldLauncher, together: list[fx.Node]) -> None:
-    """Compute fields of inputs right after the inputs, by one launch."""
+def _launch(prepare: fx.GraphModule, launcher: FieldLauncher, together: list[fx.Node]) -> list[fx.Node]:
+    """Compute fields of inputs right after the inputs, by one launch; returns what `_expand` does."""
     sizes = {tokens for node in together if (tokens := _arguments(node).get("num_tokens")) is not None}
     assert len(sizes) <= 1, "one packed stream has one length"
     layout = _arguments(together[0])["layout"]
@@ -104,6 +109,8 @@ def _launch(prepare: fx.GraphModule, launcher: FieldLauncher, together: list[fx.
     requests = tuple(dict.fromkeys(map(_request, together)))
     values = record(first, launcher.launch, layout, sizes.pop() if sizes else 0, requests)
     value_of = dict(zip(requests, values, strict=True))
+    stale: list[fx.Node] = []
     for node in together:
-        node.replace_all_uses_with(value_of[_request(node)])
+        stale += replace_node(node, value_of[_request(node)])
         prepare.graph.erase_node(node)
+    return stale

@@ -24,6 +24,7 @@ from torch import fx
 
 from autodeploy.graph import get_attribute, near_miss, record
 from autodeploy.ops import linear
+from autodeploy.values import retype
 
 _LINEAR = torch.ops.aten.linear.default
 
@@ -36,19 +37,21 @@ class LowerLinear:
     may_round: ClassVar[bool] = True
 
     def apply(self, gm: fx.GraphModule) -> int:
-        lowered, by_input = 0, {}
+        changed: list[fx.Node] = []
+        by_input: dict[fx.Node, list[fx.Node]] = {}
         for node in gm.graph.find_nodes(op="call_function", target=_LINEAR):
             if reason := check(gm, node):
                 near_miss(gm, node, reason)
                 continue
-            lowered += 1
+            changed.append(node)
             node.target = linear.OP
             if len(node.args) == 2 and linear.takes_siblings(get_attribute(gm, str(node.args[1].target))):
                 by_input.setdefault(node.args[0], []).append(node)
+        retype(gm.graph, changed)
         for nodes in by_input.values():
             for start in range(0, len(nodes), linear.MAX_SIBLINGS):
                 _merge(nodes[start : start + linear.MAX_SIBLINGS])
-        return lowered
+        return len(changed)
 
 
 def check(gm: fx.GraphModule, node: fx.Node) -> str | None:

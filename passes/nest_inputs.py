@@ -18,7 +18,6 @@ import torch
 from torch import Tensor, fx
 from torch.fx.node import map_arg
 
-from autodeploy.dependence import find_scalars
 from autodeploy.errors import UnsupportedFeature, node_location
 from autodeploy.graph import (
     NEAR_MISS,
@@ -31,8 +30,10 @@ from autodeploy.graph import (
     record,
 )
 from autodeploy.metadata import fields
+from autodeploy.metadata.layout import NUM_FIXED_COLUMNS, SIZES
 from autodeploy.mixing import token_flow
 from autodeploy.ops.registry import kind_of
+from autodeploy.values import VALUE, new_mode, new_size, retype, use_mode
 
 _SIZE = torch.ops.aten.sym_size.int
 _KNOWN_INPUTS = ("input_ids", "position_ids")
@@ -103,8 +104,9 @@ def check_tokens(gm: fx.GraphModule) -> None:
 
 def _rewrite(gm: fx.GraphModule, old: dict[str, fx.Node]) -> None:
     tokens, positions = old["input_ids"], old.get("position_ids")
-    layout = add_placeholder(gm, "layout", "layout")
-    tokens.meta = {ROLE: "tokens"}
+    ids, rows = _values(gm.graph, tokens.meta[VALUE].device)
+    layout = add_placeholder(gm, "layout", "layout", rows)
+    tokens.meta = {ROLE: "tokens", VALUE: ids}
     num_tokens = record(layout.next, _SIZE, tokens, 0)
     for node in old.values():
         _replace_sizes(node, num_tokens)
@@ -113,12 +115,23 @@ def _rewrite(gm: fx.GraphModule, old: dict[str, fx.Node]) -> None:
     tokens.replace_all_uses_with(batch, delete_user_cb=lambda user: user not in (num_tokens, batch.all_input_nodes[0]))
     if positions is not None:
         positions.replace_all_uses_with(record(first, _positions, layout, num_tokens))
-        gm.graph.erase_node(positions)
-    for node in find_scalars(gm.graph):
-        node.meta.pop("val", None)  # was said of padded inputs
+    for name, node in old.items():
+        if name != "input_ids":
+            gm.graph.erase_node(node)
     for node in list(gm.graph.nodes):
         if kind_of(node.target) is not None:
             node.kwargs = {**node.kwargs, "cu_seqlens": record(node, fields.cu_seqlens_q, layout)}
+    retype(gm.graph, gm.graph.nodes)
+
+
+def _values(graph: fx.Graph, device: torch.device) -> tuple[Tensor, Tensor]:
+    """The packed tokens [T] and the layout [S, C] as fake tensors of a mode that knows no padded sizes."""
+    mode = new_mode()
+    use_mode(graph, mode)
+    num_tokens, num_rows, num_pages = (new_size(mode, *size) for size in SIZES)
+    with mode:
+        ids = torch.empty(num_tokens, dtype=torch.int32, device=device)
+        return ids, torch.empty(num_rows, NUM_FIXED_COLUMNS + num_pages, dtype=torch.int32, device=device)
 
 
 def _as_batch(input_ids: Tensor) -> Tensor:

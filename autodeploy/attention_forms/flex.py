@@ -20,9 +20,9 @@ import torch
 from torch import fx
 
 from autodeploy.attention_forms.evaluate import Knowledge, learn
-from autodeploy.attention_forms.rewrite import record_values
 from autodeploy.effects import is_pure
-from autodeploy.graph import get_attribute, record
+from autodeploy.graph import between, get_attribute, record
+from autodeploy.values import record_values
 
 aten = torch.ops.aten
 FLEX = torch.ops.higher_order.flex_attention
@@ -109,9 +109,8 @@ def write_out(gm: fx.GraphModule, node: fx.Node) -> WrittenOut:
     scores = _inline(gm, node, score_mod, (scores, *indices, *score_captures))
     seen = _inline(gm, node, block_mask[-1], (*indices, *mask_captures))
     softmax, _ = record(node, _weigh, scores, seen, value, _group_size(query, value))
-    nodes = record_values(before, node)
     output = next(user for user in node.users if user.args[1] == 0)
-    return WrittenOut(node, output, softmax, tuple(nodes))
+    return WrittenOut(node, output, softmax, tuple(between(before, node)))
 
 
 def learn_without_flex(gm: fx.GraphModule) -> Knowledge:
@@ -162,6 +161,7 @@ def _inline(gm: fx.GraphModule, before: fx.Node, body: Any, arguments: tuple[Any
     inputs = inner.graph.find_nodes(op="placeholder")
     copies: dict[fx.Node, Any] = dict(zip(inputs, arguments, strict=True))
     result: Any = None
+    previous = before.prev
     with before.graph.inserting_before(before):
         for node in inner.graph.nodes:
             if node.op == "output":
@@ -172,7 +172,7 @@ def _inline(gm: fx.GraphModule, before: fx.Node, body: Any, arguments: tuple[Any
                 copies[node] = before.graph.node_copy(node, copies.__getitem__)
             elif node.op == "get_attr" and isinstance(get_attribute(inner, str(node.target)), torch.Tensor):
                 copies[node] = before.graph.get_attr(f"{path}.{node.target}")
-                copies[node].meta["val"] = node.meta["val"]
+    record_values(between(previous, before))
     return result
 
 

@@ -21,6 +21,7 @@ import torch
 from torch import Tensor, fx
 from torch.fx.proxy import GraphAppendingTracer, Proxy
 
+from autodeploy import values
 from autodeploy.dependence import find_scalars
 from autodeploy.errors import OptionError, UnknownName
 from autodeploy.metadata.layout import CONTEXT_LEN, NUM_FIXED_COLUMNS, QUERY_LEN, STATE_SLOT
@@ -66,6 +67,7 @@ def field(
         _library.define(f"{name}{schema}")
         _library.impl(name, formula, "CompositeImplicitAutograd")
         op = getattr(getattr(torch.ops, NAMESPACE), name).default
+        values.formulas[op] = formula
         meaning = (formula.__doc__ or name).strip().splitlines()[0]
         _catalogue[name] = Field(name, formula, op, shape, depends, padding, meaning, device)
         return op

@@ -24,6 +24,10 @@ IntOrArray = TypeVar("IntOrArray", int, np.ndarray)
 QUERY_LEN, CONTEXT_LEN, STATE_SLOT, NUM_FIXED_COLUMNS = 0, 1, 2, 3
 SCRATCH_PAGE = 0
 SCRATCH_STATE = 0
+# The sizes of a step, by name, with what they are taken to be where a number is needed: distinct, so that no two can be
+# mistaken for one another, and typical of a small step.
+SIZES = (("T", 34), ("S", 33), ("GP", 36))
+POOL_HINT = 61  # pages of a group, state slots
 
 
 def promised_tokens(num_tokens: int, num_sequences: int, longest_query: int) -> int:
