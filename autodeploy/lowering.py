@@ -28,6 +28,7 @@ from autodeploy.fingerprint import NotHashable, tensor_bytes
 from autodeploy.graph import (
     LOOKED_AT,
     PREPARE,
+    ROLE,
     copy_module,
     get_attribute,
     is_same_tensor,
@@ -38,12 +39,11 @@ from autodeploy.graph_key import own_tensors
 from autodeploy.kept import keep_metadata
 from autodeploy.kernel_files import pack, unpack
 from autodeploy.machine import machine_key
-from autodeploy.metadata.layout import LayoutSpec
+from autodeploy.metadata.layout import NUM_FIXED_COLUMNS, LayoutSpec
 from autodeploy.ops.spec import CacheSpec
 from autodeploy.report import Report
-
-# Sizes that Inductor tunes for; distinct, so that no two symbols are taken for one another.
-_HINT_TOKENS, _HINT_ROWS, _HINT_PAGES, _HINT_POOL = 34, 33, 36, 61
+from autodeploy.sizes import hint
+from autodeploy.values import VALUE
 
 
 @dataclass(frozen=True)
@@ -128,8 +128,7 @@ def lower(
     """Compile `gm`, made by the passes from a trace of `model`, with Inductor. Leaves `gm` as it is."""
     lifted, attributes = lift_attributes(copy_module(gm))
     keep_metadata(lifted)
-    device = next(model.parameters()).device
-    example_inputs = _example_inputs(layout_spec, cache_specs, device)
+    example_inputs = _example_inputs(gm, layout_spec)
     fake_mode = FakeTensorMode(shape_env=ShapeEnv(duck_shape=False))
     with tracing(TracingContext(fake_mode)), torch.no_grad():
         fakes = [fake_mode.from_tensor(tensor.detach(), static_shapes=True) for tensor in attributes.values()]
@@ -210,18 +209,18 @@ def _lift_prepare(gm: fx.GraphModule, call: fx.Node) -> None:
         inner.graph.erase_node(node)
 
 
-def _example_inputs(
-    layout_spec: LayoutSpec, cache_specs: Sequence[CacheSpec], device: torch.device
-) -> list[tuple[Tensor, tuple[int, ...]]]:
-    """input_ids, layout and caches at the sizes Inductor tunes for, each with its dynamic dims."""
-    layout = torch.empty(_HINT_ROWS, layout_spec.num_columns(_HINT_PAGES), dtype=torch.int32, device=device)
-    inputs: list[tuple[Tensor, tuple[int, ...]]] = [
-        (torch.empty(_HINT_TOKENS, dtype=torch.int32, device=device), (0,)),
-        (layout, (0, 1)),
-    ]
-    for spec in cache_specs:
-        outer = (_HINT_POOL, layout_spec.page_size) if spec.kind == "paged" else (_HINT_POOL,)
-        inputs.append((torch.empty(*outer, *spec.shape, dtype=spec.dtype, device=device), (0,)))
+def _example_inputs(gm: fx.GraphModule, layout_spec: LayoutSpec) -> list[tuple[Tensor, tuple[int, ...]]]:
+    """The inputs of `gm` as their values describe them, at the sizes that those were given to tune for, each with its
+    dynamic dims. Every KV group is tuned for the pages that one would have.
+    """
+    inputs: list[tuple[Tensor, tuple[int, ...]]] = []
+    for node in placeholders(gm):
+        value: Tensor = node.meta[VALUE]
+        shape = [hint(size) for size in value.shape]
+        if node.meta[ROLE] == "layout":
+            shape[1] = layout_spec.num_columns(shape[1] - NUM_FIXED_COLUMNS)
+        dims = [dim for dim, size in enumerate(value.shape) if isinstance(size, torch.SymInt)]
+        inputs.append((torch.empty(shape, dtype=value.dtype, device=value.device), tuple(dims)))
     return inputs
 
 

@@ -16,6 +16,7 @@ from torch import fx
 from torch.utils import _pytree as pytree
 
 from autodeploy.aliasing import aliased
+from autodeploy.sizes import num_bytes
 from autodeploy.spelling import recorded_value
 
 # Hoisting may raise the estimated peak by this share of it, or by this many bytes where that is more.
@@ -84,16 +85,13 @@ def _hoisted(tensors: _Tensors, metadata: Sequence[fx.Node], limit: float) -> li
     return [*front, *(node for node in tensors.nodes if node not in front)]
 
 
-def _num_bytes(node: fx.Node) -> int:
-    """Bytes of the tensors that `node` makes; 0 for a view and where no shape is recorded."""
+def written(node: fx.Node) -> list[torch.Tensor]:
+    """The tensors that `node` makes; none for a view and where no shape is recorded."""
     value = recorded_value(node)
     if value is None or node.op in ("placeholder", "get_attr", "output") or aliased(node):
-        return 0
-    tensors = [leaf for leaf in pytree.tree_leaves(value) if isinstance(leaf, torch.Tensor)]
-    return sum(math.prod(map(_hint, tensor.shape)) * tensor.element_size() for tensor in tensors)
+        return []
+    return [leaf for leaf in pytree.tree_leaves(value) if isinstance(leaf, torch.Tensor)]
 
 
-def _hint(size: int | torch.SymInt) -> int:
-    if isinstance(size, int):
-        return size
-    return size.node.hint if size.node.has_hint() else 0
+def _num_bytes(node: fx.Node) -> int:
+    return sum(map(num_bytes, written(node)))

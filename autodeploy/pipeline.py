@@ -16,7 +16,10 @@ from autodeploy.dependence import Split, split
 from autodeploy.effects import is_needed
 from autodeploy.errors import AutodeployError, InvariantError, PassError, node_location
 from autodeploy.graph import PREPARE, prepare_nodes, take_near_misses
+from autodeploy.memory import written
 from autodeploy.metadata import fields
+from autodeploy.sizes import NO_BYTES, Bytes, bytes_of
+from autodeploy.spelling import recorded_value
 
 
 @runtime_checkable
@@ -55,14 +58,15 @@ class NearMiss:
 class Counts:
     """A graph in numbers, prepare_metadata's own nodes included.
 
-    `metadata_nodes` are the layout-only tensor nodes, and `metadata_ops` the torch ops that they come to once fields
-    are written out as their formulas.
+    `metadata_nodes` are the layout-only tensor nodes, `metadata_ops` the torch ops that they come to once fields are
+    written out as their formulas, and `metadata_bytes` what they write, views left out.
     """
 
     nodes: int
     metadata_nodes: int
     metadata_ops: int
     prepare_calls: int
+    metadata_bytes: Bytes = NO_BYTES
 
 
 @dataclass(frozen=True)
@@ -157,4 +161,8 @@ def count(gm: fx.GraphModule, parts: Split) -> Counts:
         metadata_nodes=len(metadata),
         metadata_ops=sum(fields.num_ops(node.target) for node in metadata),
         prepare_calls=len(calls),
+        metadata_bytes=bytes_of(
+            (tensor for node in metadata for tensor in written(node)),
+            unsized=sum(recorded_value(node) is None for node in metadata),
+        ),
     )

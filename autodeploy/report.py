@@ -9,15 +9,20 @@ from typing import Any
 
 from torch import fx
 
-from autodeploy.graph import SITE
+from autodeploy.graph import SITE, placeholders
 from autodeploy.pipeline import Counts, NearMiss, PassRecord
+from autodeploy.sizes import NO_BYTES, Bytes, bytes_of
+from autodeploy.values import tensors
+
+_SENT = ("tokens", "layout")  # roles of inputs that are new in every step; weights and caches are not
 
 
 @dataclass(frozen=True)
 class Ledger:
     """The price of metadata: layout-only tensor nodes as a naive per-layer graph has them, and as they are now.
 
-    A node is one field or one torch op. `attention_nodes` counts every cached attention-like node.
+    A node is one field or one torch op. `attention_nodes` counts every cached attention-like node. `bytes_naive` and
+    `bytes_shared` are what metadata nodes write in a step, `bytes_sent` what the host sends: the packed inputs.
     """
 
     attention_nodes: int
@@ -26,6 +31,9 @@ class Ledger:
     ops_naive: int
     ops_shared: int
     prepare_calls: int
+    bytes_naive: Bytes = NO_BYTES
+    bytes_shared: Bytes = NO_BYTES
+    bytes_sent: Bytes = NO_BYTES
 
 
 @dataclass(frozen=True)
@@ -72,7 +80,7 @@ class Report:
         """The report that `to_json` wrote."""
         parsed = {
             "passes": tuple(map(_record, data["passes"])),
-            "ledger": Ledger(**data["ledger"]),
+            "ledger": Ledger(**{key: _bytes(value) for key, value in data["ledger"].items()}),
             "notes": tuple(data["notes"]),
         }
         return Report(**{**data, **parsed})
@@ -81,8 +89,16 @@ class Report:
 def _record(data: dict[str, Any]) -> PassRecord:
     misses = tuple(NearMiss(**miss) for miss in data["near_misses"])
     return PassRecord(
-        **{**data, "near_misses": misses, "before": Counts(**data["before"]), "after": Counts(**data["after"])}
+        **{**data, "near_misses": misses, "before": _counts(data["before"]), "after": _counts(data["after"])}
     )
+
+
+def _counts(data: dict[str, Any]) -> Counts:
+    return Counts(**{key: _bytes(value) for key, value in data.items()})
+
+
+def _bytes(value: Any) -> Any:
+    return Bytes(**value) if isinstance(value, dict) else value
 
 
 def _ledger(records: Sequence[PassRecord], gm: fx.GraphModule) -> Ledger:
@@ -97,6 +113,9 @@ def _ledger(records: Sequence[PassRecord], gm: fx.GraphModule) -> Ledger:
         ops_naive=naive.metadata_ops,
         ops_shared=stages[-1].metadata_ops,
         prepare_calls=stages[-1].prepare_calls,
+        bytes_naive=naive.metadata_bytes,
+        bytes_shared=stages[first_shared].metadata_bytes,
+        bytes_sent=bytes_of(tensor for role in _SENT for node in placeholders(gm, role) for tensor in tensors(node)),
     )
 
 
@@ -131,8 +150,14 @@ def _ledger_lines(ledger: Ledger) -> list[str]:
         ("field and op nodes", str(ledger.nodes_naive), str(ledger.nodes_shared)),
         ("torch ops, fields written out", str(ledger.ops_naive), str(ledger.ops_shared)),
         ("prepare_metadata nodes", "-", str(ledger.prepare_calls)),
+        ("bytes they write, at the sizes traced", str(ledger.bytes_naive.number), str(ledger.bytes_shared.number)),
     ]
-    return [f"{ledger.attention_nodes} cached attention nodes", *align(rows)]
+    return [
+        f"{ledger.attention_nodes} cached attention nodes",
+        *align(rows),
+        f"bytes written, at any size: {ledger.bytes_shared.expression}",
+        f"bytes sent: {ledger.bytes_sent.expression}",
+    ]
 
 
 def _foreign_ledger_lines(ledger: Ledger) -> list[str]:

@@ -85,7 +85,7 @@ def check_no_value_is_missing(gm: fx.GraphModule) -> None:
     """Every value of `gm`, and of its prepare_metadata, is recorded."""
     for node in _missing(gm):
         raise InvariantError(
-            f"{node.format_node()} has no recorded value",
+            f"the value of {node.name} is not recorded",
             where=node_location(node),
             fix="make nodes with autodeploy.graph.record, or call autodeploy.values.record_values on new ones",
         )

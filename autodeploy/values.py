@@ -233,7 +233,7 @@ class _Propagator(Propagation):
         graph = fx.Graph()
         tracer = GraphAppendingTracer(graph)
 
-        def as_input(arg: fx.Node) -> Proxy:
+        def as_input(arg: fx.Node) -> Any:
             copy = graph.placeholder(arg.name)
             copy.meta[VALUE] = _value_of(arg)
             return Proxy(copy, tracer)
@@ -246,8 +246,7 @@ class _Propagator(Propagation):
         node.meta[VALUE] = result.node.meta[VALUE]
 
     def kind(self, value: Any) -> Any:
-        """What a value, or that of a node, is, hashable: dtype, device, shape and strides of a tensor, the expression of
-        a symbolic number."""
+        """What a value, or that of a node, is, hashable: dtype, device, shape, strides; for a symbol its expression."""
         if type(value) is fx.Node:
             value = _value_of(value)
         if value is None or type(value) in (int, float, bool, str):

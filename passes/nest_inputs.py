@@ -121,7 +121,7 @@ def _rewrite(gm: fx.GraphModule, old: dict[str, fx.Node]) -> None:
     for node in list(gm.graph.nodes):
         if kind_of(node.target) is not None:
             node.kwargs = {**node.kwargs, "cu_seqlens": record(node, fields.cu_seqlens_q, layout)}
-    retype(gm.graph, gm.graph.nodes)
+    retype(gm.graph, list(gm.graph.nodes))
 
 
 def _values(graph: fx.Graph, device: torch.device) -> tuple[Tensor, Tensor]:

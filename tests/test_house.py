@@ -19,8 +19,8 @@ MAX_FILE_LINES, MAX_MEDIAN_LINES, MAX_FUNCTION_LINES = 400, 150, 60
 
 # Who may import whom: a room is a module or subpackage of autodeploy, or the package `passes`.
 _BASE = {"errors", "options", "arguments"}
-_NODES = {"spelling", "effects", "aliasing"}
-_SHARING = {"graph", "dependence", "equality", "memory", "outline"}
+_NODES = {"spelling", "effects", "aliasing", "values"}
+_SHARING = {"graph", "sizes", "dependence", "equality", "memory", "outline"}
 _GRAPH = _NODES | _SHARING | {"along", "mixing", "spec", "pipeline"}
 _CORE = _BASE | _GRAPH | {"ops", "metadata"}
 ALLOWED = {
@@ -33,15 +33,17 @@ ALLOWED = {
     "spelling": set(),
     "effects": {"spelling"},
     "aliasing": {"spelling", "effects", "graph"},
-    "graph": _BASE,
+    "values": {"errors", "spelling", "sizes"},
+    "sizes": set(),
+    "graph": _BASE | {"values"},
     "own_passes": _BASE,
     "dependence": _BASE | _NODES | {"graph"},
     "equality": _NODES | {"graph"},
-    "memory": _NODES | {"equality", "graph"},
-    "outline": {"graph", "dependence", "spelling"},
+    "memory": _NODES | {"equality", "graph", "sizes"},
+    "outline": {"graph", "dependence", "spelling", "values"},
     "along": set(),
     "mixing": _BASE | {"along", "graph", "dependence"},
-    "spec": _BASE | {"graph", "dependence"},
+    "spec": _BASE | {"graph", "dependence", "values"},
     "metadata": _BASE | _NODES | {"graph", "dependence"},
     "pipeline": _BASE | _GRAPH | {"metadata"},
     "kernels": _BASE | {"ops", "metadata"},
@@ -60,7 +62,7 @@ ALLOWED = {
     "step_files": set(),
     "lowering": _CORE | {"fingerprint", "graph_key", "kept", "kernel_files", "machine", "report"},
     "step_cache": _CORE | {"fingerprint", "graph_key", "lowering", "machine", "step_files", "stock"},
-    "viz": _BASE | {"graph"},
+    "viz": _BASE | {"graph", "sizes"},
     "backend": _CORE | {"own_passes", "report", "trace", "verify", "viz"},
     "dynamo": _CORE | {"own_passes", "report"},
     "llm": _CORE | {"backend", "lowering", "models", "report", "runtime", "step_cache", "trace"},

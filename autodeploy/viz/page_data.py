@@ -20,6 +20,7 @@ from autodeploy.viz.story import Story
 from autodeploy.viz.text import which
 from autodeploy.viz.trace import Stage, Trace
 from autodeploy.viz.tree import Group, build_tree, split_path
+from autodeploy.viz.values import sum_bytes
 
 SCHEMA = "autodeploy.page/1"
 INPUTS = "inputs"  # the group of the outermost graph's placeholders
@@ -186,6 +187,7 @@ def _version(moment: _Moment, node: Node, place: int) -> list[Any]:
         [[name, _pieces(argument, ids)] for name, argument in node.arguments],
         ", ".join(map(str, node.values)),
         ", ".join(dict.fromkeys(value.device for value in node.values if value.device)),
+        "" if node.free or not node.values else sum_bytes(node.values),
         node.module,
         node.module_type,
         node.graph,

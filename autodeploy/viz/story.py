@@ -11,6 +11,7 @@ from autodeploy.viz.arguments import Ref
 from autodeploy.viz.classify import Entry
 from autodeploy.viz.node import Node
 from autodeploy.viz.snapshot import Snapshot
+from autodeploy.viz.values import sum_bytes
 
 _SENT = ("", "tokens", "layout")  # roles of inputs that are new in every step; weights and caches are not
 
@@ -113,25 +114,10 @@ def _cost(snapshot: Snapshot, metadata: Iterable[Node]) -> Cost:
     nodes = [node for node in metadata if node.op in ("call_function", "call_method")]
     launches = [node for node in nodes if not node.free]
     inputs = (node for node in snapshot.nodes if node.op == "placeholder" and not node.graph)
-    written: Counter[tuple[str, ...]] = Counter()
-    for value in (value for node in launches for value in node.values if value.shape is not None):
-        number, symbols = _item_size(value.dtype), []
-        for size in value.shape or ():
-            if isinstance(size, int):
-                number *= size
-            else:
-                symbols.append(size if size.isidentifier() else f"({size})")
-        written[tuple(sorted(symbols))] += number
     return Cost(
         nodes=len(nodes),
         launches=len(launches),
         copies=sum(node.role in _SENT for node in inputs),
-        bytes=" + ".join("*".join([str(number), *symbols]) for symbols, number in sorted(written.items())) or "0",
+        bytes=sum_bytes(value for node in launches for value in node.values),
         unsized=sum(not node.values for node in launches),
     )
-
-
-def _item_size(dtype: str) -> int:
-    bits = dtype.lstrip("abcdefghijklmnopqrstuvwxyz")
-    digits = bits.partition("_")[0].partition("e")[0]
-    return max(1, int(digits) // 8) if digits.isdigit() else 1

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import re
+from collections import Counter
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -9,7 +12,10 @@ import torch
 from torch import fx
 from torch.fx.passes.shape_prop import TensorMetadata
 
+from autodeploy import sizes
+
 _SHORT = {"float": "f", "bfloat": "bf", "int": "i", "uint": "u", "complex": "c"}
+_ATOM = re.compile(r"\w+|\([^()]*\)")  # what a product can be written of as it is
 _SYMBOLS = {torch.SymInt: "int", torch.SymFloat: "float", torch.SymBool: "bool"}
 
 
@@ -52,7 +58,7 @@ def value_leaves(value: Any) -> tuple[Value, ...]:
     if isinstance(value, list | tuple):
         return tuple(leaf for item in value for leaf in value_leaves(item))
     if type(value) in _SYMBOLS:
-        return (Value(_SYMBOLS[type(value)], text=str(value)),)
+        return (Value(_SYMBOLS[type(value)], text=sizes.text(value)),)
     if isinstance(value, bool | int | float):
         return (Value(type(value).__name__, text=str(value)),)
     return ()
@@ -60,4 +66,24 @@ def value_leaves(value: Any) -> tuple[Value, ...]:
 
 def _size(size: int | torch.SymInt) -> int | str:
     # int() of a symbolic size would guard on it, and fails for one that depends on data.
-    return size if type(size) is int else str(size)
+    return size if type(size) is int else sizes.text(size)
+
+
+def sum_bytes(values: Iterable[Value]) -> str:
+    """Bytes of tensors together, in terms of their symbolic sizes: `64 + 8*T`."""
+    products: Counter[tuple[str, ...]] = Counter()
+    for value in values:
+        if value.shape is not None:
+            number, symbols = _item_size(value.dtype), []
+            for size in value.shape:
+                if isinstance(size, int):
+                    number *= size
+                else:
+                    symbols.append(size if _ATOM.fullmatch(size) else f"({size})")
+            products[tuple(sorted(symbols))] += number
+    return " + ".join("*".join([str(number), *symbols]) for symbols, number in sorted(products.items())) or "0"
+
+
+def _item_size(dtype: str) -> int:
+    known = getattr(torch, dtype, None)
+    return known.itemsize if isinstance(known, torch.dtype) else 1

@@ -45,6 +45,7 @@ class Details {
       ["target", version.target],
       ["value", version.value || `${NO_VALUE} not known`],
       ["device", version.device],
+      ["bytes", version.bytes],
       ["module", version.module],
       ["class", version.moduleType],
       ["source", version.source],
