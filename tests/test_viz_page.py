@@ -52,7 +52,8 @@ def test_only_its_own_script_and_style_run() -> None:
 
 
 def test_32_layers_are_small() -> None:
-    assert len(render_page(pipeline_trace(32))) < 300_000
+    """Every node has two values, of the padded inputs and of the packed ones."""
+    assert len(render_page(pipeline_trace(32))) < 350_000
 
 
 def test_every_node_of_every_graph_is_there() -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from bisect import bisect_left
+from collections import Counter
 from dataclasses import dataclass
 
 from autodeploy.viz.arguments import Argument, Ref, Text, format_argument
@@ -20,6 +21,7 @@ IGNORABLE = {
     "meta": frozenset({"module", "role"}),
 }
 _SYMBOL = re.compile(r"[A-Za-z_]\w*")
+_ONE = re.compile(r"(?<![\w*)])1\*(?!\*)|(?<!\*)\*1(?![\w*.])")  # what is left of a symbol that became 1 in a product
 
 
 @dataclass(frozen=True)
@@ -42,7 +44,9 @@ class Change:
 
 
 class Comparison:
-    """Compares pairs of nodes of two snapshots. Symbols may have other names on the other side, but consistently so."""
+    """Compares pairs of nodes of two snapshots. A symbol may have another name on the other side, or be a number there, but
+    the same everywhere.
+    """
 
     def __init__(self, before: Snapshot, after: Snapshot, links: Links, ignore: frozenset[str]) -> None:
         self.before, self.after, self.links = before, after, links
@@ -117,7 +121,8 @@ class Comparison:
         return repr(Text(self._rename(leaf.text)) if isinstance(leaf, Text) else leaf)
 
     def _rename(self, text: str) -> str:
-        return _SYMBOL.sub(lambda found: self.symbols.get(found[0], found[0]), text)
+        renamed = _SYMBOL.sub(lambda found: self.symbols.get(found[0], found[0]), text)
+        return _ONE.sub("", renamed) if renamed != text else text
 
     def _values(self, one: Node, other: Node) -> list[Change]:
         if not one.values or not other.values:
@@ -156,14 +161,15 @@ def _shape(value: Value) -> str:
 
 
 def _symbols(before: Snapshot, after: Snapshot, links: Links) -> dict[str, str]:
-    """Each symbol of `before` with its name in `after`, by the first pair that shows both."""
-    found: dict[str, str] = {}
+    """Each symbol of `before` with what stands for it in `after`, a symbol or a number, by most of the pairs."""
+    found: dict[str, Counter[str]] = {}
     for one, other in links.pairs.items():
         for value, other_value in zip(before.by_id[one].values, after.by_id[other].values, strict=False):
-            for size, other_size in zip(value.shape or (), other_value.shape or (), strict=False):
-                if _is_symbol(size) and _is_symbol(other_size):
-                    found.setdefault(str(size), str(other_size))
-    return found
+            shape, other_shape = value.shape or (), other_value.shape or ()
+            for size, other_size in zip(shape, other_shape, strict=False) if len(shape) == len(other_shape) else ():
+                if _is_symbol(size) and (_is_symbol(other_size) or isinstance(other_size, int)):
+                    found.setdefault(str(size), Counter())[str(other_size)] += 1
+    return {symbol: names.most_common(1)[0][0] for symbol, names in found.items()}
 
 
 def _is_symbol(size: int | str) -> bool:

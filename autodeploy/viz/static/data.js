@@ -13,7 +13,8 @@ async function unpack(text) {
 class Version {
   constructor(row) {
     [this.place, this.name, this.op, this.target, this.short, this.args, this.value] = row;
-    [this.device, this.bytes, this.module, this.moduleType, this.graph, this.source, this.role, this.inputs] = row.slice(7);
+    [this.device, this.bytes, this.module, this.moduleType, this.graph] = row.slice(7);
+    [this.source, this.role, this.inputs] = row.slice(12);
   }
 
   // [place in the arguments, node id] of all that it reads.
