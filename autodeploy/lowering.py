@@ -133,7 +133,7 @@ def lower(
     with tracing(TracingContext(fake_mode)), torch.no_grad():
         fakes = [fake_mode.from_tensor(tensor.detach(), static_shapes=True) for tensor in attributes.values()]
         fakes += [_fake(fake_mode, tensor, dims) for tensor, dims in example_inputs]
-        with torch.compiler.config.patch(cache_key_tag=_tag(device)):  # type: ignore[attr-defined]
+        with torch.compiler.config.patch(cache_key_tag=_tag(next(model.parameters()).device)):  # type: ignore[attr-defined]
             artifact = standalone_compile(lifted, fakes, dynamic_shapes="from_tracing_context", options={}, aot=True)
     assert isinstance(artifact, AOTCompiledArtifact)
     own = own_tensors(model)

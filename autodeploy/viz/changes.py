@@ -44,9 +44,7 @@ class Change:
 
 
 class Comparison:
-    """Compares pairs of nodes of two snapshots. A symbol may have another name on the other side, or be a number there, but
-    the same everywhere.
-    """
+    """Compares pairs of nodes of two snapshots. A symbol may be another, or a number, in the other."""
 
     def __init__(self, before: Snapshot, after: Snapshot, links: Links, ignore: frozenset[str]) -> None:
         self.before, self.after, self.links = before, after, links
