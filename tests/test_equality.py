@@ -95,6 +95,12 @@ def test_different(name: str) -> None:
     assert max(map(kept.count, ops - {"aten.mul.Tensor"}), default=1) >= 2 or len(ops) > 2
 
 
+def test_equal_sizes_are_counted_once() -> None:
+    gm = exported(EQUAL["sizes of two tensors"])
+    sizes = [node for node in gm.graph.nodes if isinstance(recorded_value(node), torch.SymInt)]
+    assert [merge_equal_numbers(sizes) for _ in range(2)] == [1, 0]
+
+
 def test_other_spellings_are_compared_as_they_stand() -> None:
     """`F.embedding(ids, table)` is not `aten.embedding(table, ids)`: only a schema says which argument is which."""
     graph = fx.Graph()
