@@ -1,0 +1,95 @@
+"""Programs through `torch.compile`: our pass inside AOTAutograd's graph, run by FX or by Inductor.
+
+A difference counts where the same way without our pass shows none.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from typing import Any
+
+import torch
+from functorch.compile import make_boxed_func
+from sharing_check import Different, Invalid, Tracer, eager, state_of
+from sharing_fronts import traced
+from sharing_oracle import Sight, State, difference, see
+from sharing_program import Input, Program, Ref, Step, refs, resolve
+from torch import fx, nn
+from torch._dynamo.backends.common import aot_autograd
+
+from autodeploy import dynamo
+from autodeploy.aliasing import storages
+
+Backend = str | Callable[..., Any]
+
+
+def interpreted(shares: bool) -> Callable[..., Any]:
+    """A backend that runs AOTAutograd's graph as it is, with or without our pass in it."""
+
+    def backend(gm: fx.GraphModule, example_inputs: Sequence[Any]) -> Any:
+        ours = dynamo._SharedMetadata("", dynamo._roles(gm, example_inputs), set(storages(gm)), keeps_going=False)
+
+        def compile_inference(aten: fx.GraphModule, inputs: Sequence[Any]) -> Any:
+            if shares:
+                ours(aten.graph, is_inference=True)
+                aten.recompile()
+            return make_boxed_func(aten.forward)
+
+        return aot_autograd(
+            fw_compiler=compile_inference,
+            inference_compiler=compile_inference,
+            keep_inference_input_mutations=True,
+        )(gm, example_inputs)
+
+    return backend
+
+
+WITH_PASS, WITHOUT_PASS = interpreted(True), interpreted(False)
+
+
+def check_compiled(program: Program, backend: Backend = WITH_PASS, without: Backend = WITHOUT_PASS) -> bool:
+    """Raises Different where `backend` differs from eager in a way that `without` does not; True where it does not."""
+    root = program.root()
+    state = state_of(program, root)
+    try:
+        want = eager(program, root, state)
+        got = _compiled(program, root, state, backend, want.num_calls)
+        if isinstance(got, Sight) and difference(want, got) is None:
+            return True
+        plain = _compiled(program, root, state, without, want.num_calls)
+    finally:
+        state.restore()
+        torch._dynamo.reset()
+    if isinstance(plain, Exception):
+        raise Invalid(f"{type(plain).__name__}: {plain}") if isinstance(got, Exception) else Tracer(str(plain))
+    if isinstance(got, Exception):
+        raise Different(f"pass: {type(got).__name__}: {got}") from got
+    if (found := difference(plain, got)) is not None:
+        raise Different(found)
+    raise Tracer(f"{difference(want, got)}")
+
+
+def _compiled(program: Program, root: nn.Module, state: State, backend: Backend, num_calls: int) -> Sight | Exception:
+    torch._dynamo.reset()
+    state.restore()
+    try:
+        return see(torch.compile(traced(program, root), backend=backend), program.make_inputs, state, num_calls)
+    except Exception as error:
+        return error
+
+
+def packed(programs: Sequence[Program]) -> Program:
+    """One program that does what several do, one after another: one compilation for all of them."""
+    inputs: list[Input] = [each for program in programs for each in program.inputs]
+    steps: list[Step] = []
+    outputs: list[Any] = []
+    first = 0
+    for program in programs:
+        names = [Ref(first + place) for place in range(len(program.inputs))]
+        first += len(program.inputs)
+        for step in program.steps:
+            names.append(Ref(len(inputs) + len(steps)))
+            steps.append(replace(step, args=resolve(step.args, names), kwargs=resolve(step.kwargs, names)))
+        outputs += refs(resolve(program.outputs, names))
+    return Program(tuple(inputs), tuple(steps), tuple(outputs), programs[0].root)
