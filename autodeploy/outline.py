@@ -22,7 +22,7 @@ def outline(gm: fx.GraphModule, parts: Split) -> None:
     An attribute or a size that activations read too is read on both sides.
     """
     available = set(placeholders(gm)) | _hoist_scalars(gm, parts)
-    region = needed(gm, parts, available)
+    region = needed(gm, parts)
     results = _results(region, parts)
     moved = _in_order(gm, _ancestors(results, available))
     if results:
@@ -89,9 +89,9 @@ def _hoist_scalars(gm: fx.GraphModule, parts: Split) -> set[fx.Node]:
     return hoist_scalars(gm, [node for node in gm.graph.nodes if node in parts.scalars and node in parts.known])
 
 
-def needed(gm: fx.GraphModule, parts: Split, available: set[fx.Node] | None = None) -> list[fx.Node]:
-    """The metadata and the constants and numbers it is made of, but for what is `available`, the inputs by default."""
-    return _in_order(gm, _ancestors(parts.metadata, available or set(placeholders(gm))))
+def needed(gm: fx.GraphModule, parts: Split) -> list[fx.Node]:
+    """The metadata and the constants and numbers it is made of."""
+    return _in_order(gm, _ancestors(parts.metadata, set(placeholders(gm))))
 
 
 def _ancestors(nodes: Iterable[fx.Node], available: set[fx.Node]) -> set[fx.Node]:
@@ -144,10 +144,7 @@ def _submodule(
 
 
 def _call(gm: fx.GraphModule, arguments: list[fx.Node], results: list[fx.Node]) -> None:
-    last = max(arguments, default=_last_input(gm))
-    if last < _last_input(gm):
-        last = _last_input(gm)
-    with gm.graph.inserting_after(last):
+    with gm.graph.inserting_after(max([*arguments, _last_input(gm)])):
         call = gm.graph.call_module(PREPARE, tuple(arguments))
     call.name = PREPARE
     if all(VALUE in node.meta for node in results):

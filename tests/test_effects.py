@@ -114,6 +114,7 @@ VIEWS: dict[str, Make] = {
     "an overload": function(aten.view.default, [4]),
     "a method": method("reshape", 4),
     "a torch function": function(torch.transpose, 0, 1),
+    "a torch function by name": lambda graph, x: graph.call_function(torch.t, (), {"input": x}),
     "an operator": function(operator.getitem, 0),
     "a cast that may give the same": method("float"),
     "an attribute": function(getattr, "T"),
@@ -132,6 +133,12 @@ def test_views_share_storage(name: str) -> None:
     node.graph.call_method("zero_", (node,))
     node.graph.output(())
     assert mutated(node.graph).values >= {x, node}
+
+
+def test_statistics_are_written_to_and_nothing_else() -> None:
+    x, _, _, mean, var = nodes = inputs(*[torch.zeros(2)] * 5)
+    node = x.graph.call_function(aten.batch_norm.default, (*nodes, True, 0.1, 1e-5, False))
+    assert writes(node) == [mean, var]
 
 
 @pytest.mark.parametrize("make", [function(aten.add.Tensor, 1), function(operator.mul, 2.0), method("clone")])

@@ -142,6 +142,23 @@ MIXES: dict[str, tuple[Body, str]] = {
     "sum by matmul": (lambda x, p: torch.ones(x.shape[1], x.shape[1]) @ x, "relates tokens to one another"),
     "pick by place": (lambda x, p: x[:, torch.arange(x.shape[1]) // 2], "picks tokens by their place"),
     "pick by position": (lambda x, p: torch.gather(x, 1, p[..., None].expand_as(x)), "picks tokens by their place"),
+    "pick by a place computed in floats": (
+        lambda x, p: x[:, (torch.arange(x.shape[1]).float() / 2).long()],
+        "picks tokens by their place",
+    ),
+    "einsum of any dimensions": (lambda x, p: torch.einsum("...h,...h->...h", x, x), "labels are not all written out"),
+    "pick by position from behind": (
+        lambda x, p: torch.gather(x, -2, p[..., None].expand_as(x)),
+        "picks tokens by their place",
+    ),
+    "places of sorted choices": (
+        lambda x, p: x * (x[..., 0] > 0).long().sort(1).indices.unsqueeze(-1),
+        "uses a count over the tokens",
+    ),
+    "weights of choices": (
+        lambda x, p: F.pad(x.topk(2, -1).values.cumsum(1), (0, SIZE - 2)),
+        "runs along the sequence",
+    ),
     "share of an expert": (lambda x, p: x * (x > 0).float().mean(1, keepdim=True), "uses a count over the tokens"),
     "repeated, then cut": (lambda x, p: x.repeat_interleave(2, 1)[:, : x.shape[1]], "runs along the sequence"),
     "norm over tokens": (

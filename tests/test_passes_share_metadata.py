@@ -145,7 +145,7 @@ def test_buffers_move_and_parameters_stay() -> None:
     gm = module(build)
     assert share(gm) == ["add"]
     assert [str(node.target) for node in gm.graph.find_nodes(op="get_attr")] == ["parameter"]
-    assert getattr(gm, PREPARE).buffer is gm.buffer
+    assert dict(getattr(gm, PREPARE).named_buffers()) == {"buffer": gm.buffer}, "one name, also after a second run"
 
 
 def test_a_buffer_that_both_sides_read_is_not_copied() -> None:
@@ -215,6 +215,30 @@ def test_what_comes_later_is_absorbed() -> None:
         output.args = (call(aten.mul.Tensor, before_output, again),)
     assert share(gm) == ["neg", "add"]
     assert len(prepare_nodes(gm)) == 1
+
+
+def test_what_is_made_of_sizes_is_absorbed_later() -> None:
+    def build(graph: fx.Graph, layout: fx.Node, x: fx.Node) -> fx.Node:
+        sizes = [call(aten.sym_size.int, x, dim) for dim in (0, 1)]
+        return call(aten.add.Tensor, x, graph.call_function(aten.full.default, (sizes, 2)))
+
+    gm = module(build)
+    share(gm)
+    output = gm.graph.output_node()
+    (filled,) = gm.graph.find_nodes(op="call_function", target=operator.getitem)
+    with gm.graph.inserting_before(output):
+        output.args = (call(aten.mul.Tensor, output.all_input_nodes[0], call(aten.neg.default, filled)),)
+    assert share(gm) == ["full", "neg"]
+
+
+def test_modules_of_others_stay() -> None:
+    gm = module(lambda graph, layout, x: call(aten.sin.default, x))
+    gm.leaf = nn.Tanh()
+    output = gm.graph.output_node()
+    with gm.graph.inserting_before(output):
+        made = gm.graph.call_module("leaf", (gm.graph.find_nodes(op="placeholder")[1],))
+        output.args = (call(aten.add.Tensor, output.all_input_nodes[0], made),)
+    assert share(gm) == []
 
 
 def test_constants_of_one_name_stay_two() -> None:
@@ -305,6 +329,7 @@ def test_a_graph_without_roles_is_shared_by_the_dtypes_of_its_inputs() -> None:
         (torch.ones(2) > 0, "layout"),
         (3, "layout"),
         (True, "layout"),
+        (1.5, "layout"),
         (torch.zeros(2), None),
         (torch.zeros(2) * 1j, None),
         (nn.Parameter(torch.ones(2) > 0, False), None),
@@ -317,7 +342,7 @@ def test_inputs_without_a_role_are_judged_by_their_values(value: object, role: s
     node.meta["val"] = value
     assert input_roles(graph) == {node: role}
     graph.placeholder("layout").meta[ROLE] = "layout"
-    assert (input_roles(graph)[node] == "layout") == isinstance(value, int), "others have been given a role"
+    assert (input_roles(graph)[node] == "layout") == isinstance(value, int | float), "others have been given a role"
 
 
 def test_a_graph_without_metadata_is_left_alone() -> None:
