@@ -83,6 +83,7 @@ IMPURE: dict[str, tuple[Make, str]] = {
     "an overload's item": (function(aten._local_scalar_dense.default), HOST),
     "a foreign function of an op's name": (function(lambda x: x), UNKNOWN),
     "printing": (function(print), UNKNOWN),
+    "an unknown higher-order op": (function(torch.ops.higher_order.run_with_rng_state), UNKNOWN),
     "a gradient": (function(getattr, "grad"), UNKNOWN),
     "identity": (function(operator.is_, None), UNKNOWN),
     "a call of anything": (function(operator.call), UNKNOWN),

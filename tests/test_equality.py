@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Callable, Collection
 from typing import Any
 
@@ -95,6 +96,17 @@ def test_different(name: str) -> None:
     assert max(map(kept.count, ops - {"aten.mul.Tensor"}), default=1) >= 2 or len(ops) > 2
 
 
+def test_equal_sizes_are_read_from_the_first() -> None:
+    gm = exported(lambda x, y: torch.arange(x.shape[0]) + x.sum())
+    (size,) = (node for node in gm.graph.nodes if isinstance(recorded_value(node), torch.SymInt))
+    (reader,) = size.users
+    with gm.graph.inserting_after(size):
+        again = gm.graph.node_copy(size)
+    reader.replace_input_with(size, again)
+    assert [merge_equal_numbers([size, again]) for _ in range(2)] == [1, 0]
+    assert reader.all_input_nodes == [size]
+
+
 def test_other_spellings_are_compared_as_they_stand() -> None:
     """`F.embedding(ids, table)` is not `aten.embedding(table, ids)`: only a schema says which argument is which."""
     graph = fx.Graph()
@@ -149,6 +161,7 @@ NOT_THE_SAME: dict[str, tuple[Tensor, Tensor]] = {
     "views of other dtypes": (ZEROS, ZEROS.view(torch.int32)),
     "sparse tensors": (ZEROS.to_sparse(), ZEROS.to_sparse()),
     "lazily conjugated": ((ZEROS + 0j).conj(), (ZEROS + 0j).conj()),
+    "lazily negated": (torch._neg_view(ZEROS + 0), torch._neg_view(ZEROS + 0)),
 }
 
 
@@ -160,7 +173,7 @@ def test_tensors_of_the_model_are_equal_only_if_they_are_the_same(case: str) -> 
     assert merge_equal(nodes[0].graph, nodes) == {nodes[2]}
 
 
-@pytest.mark.parametrize("case", ["tensors of no memory", "sparse tensors", "lazily conjugated"])
+@pytest.mark.parametrize("case", ["tensors of no memory", "sparse tensors", "lazily conjugated", "lazily negated"])
 def test_so_are_constants_of_tracing_whose_bits_do_not_say_all(case: str) -> None:
     one, other = NOT_THE_SAME[case]
     nodes = named(one=one, other=other, again=one)
@@ -176,23 +189,31 @@ def test_constants_of_tracing_are_equal_by_their_bits(value: Tensor) -> None:
     assert merge_equal(nodes[0].graph, nodes) == {nodes[1]}
 
 
-def test_submodules_that_branches_call_are_told_apart() -> None:
-    """Two graphs that call `leaf`, each its own."""
+LEAF = torch.nn.Tanh()
 
-    def branch(leaf: torch.nn.Module) -> fx.GraphModule:
-        root = torch.nn.Module()
-        root.leaf = leaf
-        graph = fx.Graph()
-        graph.output(graph.call_module("leaf", (graph.placeholder("x"),)))
-        return fx.GraphModule(root, graph)
 
-    leaf = torch.nn.Tanh()
-    root = torch.nn.ModuleDict({"one": branch(leaf), "same": branch(leaf), "other": branch(torch.nn.Sigmoid())})
+def calling(leaf: torch.nn.Module) -> fx.GraphModule:
+    graph = fx.Graph()
+    graph.output(graph.call_module("leaf", (graph.placeholder("x"),)))
+    return fx.GraphModule({"leaf": leaf}, graph)
+
+
+def indexing(index: Any) -> fx.GraphModule:
+    graph = fx.Graph()
+    graph.output(graph.call_function(operator.getitem, (graph.placeholder("x"), index)))
+    return fx.GraphModule({}, graph)
+
+
+@pytest.mark.parametrize(
+    ("make", "one", "other"), [(calling, LEAF, torch.nn.Sigmoid()), (indexing, [0, 1], (0, 1)), (indexing, 0, 1)]
+)
+def test_branches_are_equal_by_what_they_do(make: Callable[[Any], fx.GraphModule], one: Any, other: Any) -> None:
+    root = torch.nn.ModuleDict({"one": make(one), "same": make(one), "other": make(other)})
     graph = fx.Graph()
     graph.output([graph.create_node("get_attr", name) for name in root])
     gm = fx.GraphModule(root, graph)
-    one, same, other = map(value_key, gm.graph.find_nodes(op="get_attr"))
-    assert one == same != other
+    keys = [value_key(node) for node in gm.graph.find_nodes(op="get_attr")]
+    assert keys[0] == keys[1] != keys[2]
 
 
 def test_two_values_that_a_caller_gets_stay_two() -> None:

@@ -218,7 +218,7 @@ def _rotated(*args: Any, **kwargs: Any) -> Any:
         (ALL_ATTENTION_FUNCTIONS, "_local_mapping", {"eager": _rotated}),
         (modeling_llama.LlamaPreTrainedModel, "config_class", None),
     ],
-    ids=str,
+    ids=lambda value: value if isinstance(value, str) else "",
 )
 def test_code_that_was_replaced_is_no_stock(monkeypatch: pytest.MonkeyPatch, owner: Any, name: str, value: Any) -> None:
     model = llama()
