@@ -79,6 +79,9 @@ def worked_dims(node: fx.Node, source: Tensor, result: Tensor) -> Sequence[int] 
     if name in _CUTS:
         dim = arguments["dim"] % ndim
         return () if str(source.shape[dim]) == str(result.shape[dim]) else (dim,)
+    flattens = name == "repeat_interleave" and arguments.get("dim") is None and ndim > 1
+    if flattens or (name == "dropout" and arguments["p"] and arguments["train"]):
+        return None
     if name in _JUDGED_BY_SHAPE | _UNTAGGED:
         return ()
     if name in _NORMS:

@@ -21,6 +21,7 @@ from typing import Any
 
 import torch
 from torch import SymBool, SymFloat, SymInt, Tensor, fx
+from torch.fx.experimental.symbolic_shapes import free_unbacked_symbols
 
 from autodeploy.along import (
     ADDED_CONTRACTIONS,
@@ -167,6 +168,8 @@ def _why_mixes(flow: Flow, node: fx.Node, values: Sequence[fx.Node], indices: Se
     results = [_token_dims(flow, tensor) for tensor in _tensors(node)]
     if not any(_token_dims(flow, tensor) for tensor in inputs):
         return "counts places" if any(results) and name_of(node) not in FILLS | BROADCASTS else None
+    if any(free_unbacked_symbols(tensor) for tensor in _tensors(node)):
+        return "has a size that is known only when it runs"
     if any(len(dims) > 1 for dims in [*results, *(_token_dims(flow, tensor) for tensor in inputs)]):
         return "relates tokens to one another"
     if not results or not all(results):

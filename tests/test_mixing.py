@@ -161,6 +161,8 @@ MIXES: dict[str, tuple[Body, str]] = {
     ),
     "share of an expert": (lambda x, p: x * (x > 0).float().mean(1, keepdim=True), "uses a count over the tokens"),
     "repeated, then cut": (lambda x, p: x.repeat_interleave(2, 1)[:, : x.shape[1]], "runs along the sequence"),
+    "repeated flat": (lambda x, p: x.repeat_interleave(2).view(x.shape[0], -1, SIZE, 2).sum(-1), "not known to treat"),
+    "dropout": (lambda x, p: torch.dropout(x, 0.5, True), "drops values at random"),
     "norm over tokens": (
         lambda x, p: F.layer_norm(x.transpose(1, 2), (x.shape[1],)).transpose(1, 2),
         "runs along the sequence",

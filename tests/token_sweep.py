@@ -36,7 +36,7 @@ class TooShort(Exception):
 def cases(every: int = 1, offset: int = 0) -> Iterator[tuple[str, Any, Any, int]]:
     """(name, op, sample, dimension) of every `every`th op."""
     for op in op_db[offset::every]:
-        if torch.float32 not in op.dtypes:
+        if torch.float32 not in op.dtypes or "empty" in op.name:  # what was never written is anything
             continue
         for variant in (op.get_op(), op.get_inplace()):
             for index, sample in enumerate(op.sample_inputs("cpu", torch.float32)):
@@ -91,11 +91,10 @@ def judge(gm: fx.GraphModule) -> Flow | None:
 
 
 def _tokens_of(result: Tensor, recorded: Any, flow: Flow, length: int) -> list[Tensor] | None:
-    """The result's entries by token; None where no dimension holds tokens."""
+    """The result's entries by token; None where no dimension, or more than one, holds tokens."""
     dims = [at for at, size in enumerate(recorded.shape) if isinstance(size, torch.SymInt)]
-    if not dims:
+    if len(dims) != 1:
         return None
-    assert len(dims) == 1, "accepted results hold tokens in one dimension"
     return list(result.movedim(dims[0], 0).unflatten(0, (length, -1)))
 
 
