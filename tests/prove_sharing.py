@@ -2,7 +2,8 @@
 
     python tests/prove_sharing.py --programs 100000     generated programs, through every front end
     python tests/prove_sharing.py --operators 20        all of op_db and all modules, 20 programs a spelling
-    python tests/prove_sharing.py --compiled 500        generated programs through torch.compile
+    python tests/prove_sharing.py --compiled 500        generated programs through torch.compile, run by FX
+    python tests/prove_sharing.py --inductor 20         packs of them through backend="autodeploy" and Inductor
 
 A trial is known by its seed and its number: `--first` goes on where a run was ended. Trials run in portions, each in a
 process of its own, because torch ends the process on some odd arguments; such a trial is counted and passed over.
@@ -20,7 +21,7 @@ from concurrent.futures import ThreadPoolExecutor
 from sharing_modules import module_db
 from sharing_portions import run
 from sharing_sweep import op_db
-from sharing_trials import Outcome, try_compiled, try_module, try_operator, try_program
+from sharing_trials import Outcome, try_compiled, try_inductor, try_module, try_operator, try_program
 
 
 def main() -> None:
@@ -28,6 +29,7 @@ def main() -> None:
     parser.add_argument("--programs", type=int, default=0)
     parser.add_argument("--operators", type=int, default=0, metavar="EACH")
     parser.add_argument("--compiled", type=int, default=0)
+    parser.add_argument("--inductor", type=int, default=0, metavar="PACKS")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--first", type=int, default=0, help="number of the first trial")
     parser.add_argument("--jobs", type=int, default=1)
@@ -45,6 +47,9 @@ def main() -> None:
     if options.compiled:
         trial = functools.partial(try_compiled, options.seed)
         total.add(_all(trial, range(options.first, options.first + options.compiled), 50, options))
+    if options.inductor:
+        trial = functools.partial(try_inductor, options.seed)
+        total.add(_all(trial, range(options.first, options.first + options.inductor), 1, options))
     for name, number in total.counts.most_common():
         print(f"{number:>9,} {name}")
     print(f"{len(total.differences):>9,} differences")

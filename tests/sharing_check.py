@@ -74,7 +74,15 @@ def eager(program: Program, root: nn.Module, state: State) -> Sight:
         raise Invalid(f"{type(error).__name__}: {error}") from error
 
 
+def forget_tracers() -> None:
+    """A tracer that fails may leave the process unable to trace anything."""
+    for key in (torch._C.DispatchKey.Python, torch._C.DispatchKey.PythonTLSSnapshot):
+        torch._C._dispatch_tls_set_dispatch_key_excluded(key, False)
+    assert not torch._C._len_torch_dispatch_stack()
+
+
 def _front(program: Program, root: nn.Module, front: Front) -> fx.GraphModule:
+    forget_tracers()
     torch.default_generator.manual_seed(1)
     try:
         return front(program, root)

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -20,8 +21,6 @@ from torch._dynamo.backends.common import aot_autograd
 
 from autodeploy import dynamo
 from autodeploy.aliasing import storages
-
-Backend = str | Callable[..., Any]
 
 
 def interpreted(shares: bool) -> Callable[..., Any]:
@@ -45,36 +44,51 @@ def interpreted(shares: bool) -> Callable[..., Any]:
     return backend
 
 
-WITH_PASS, WITHOUT_PASS = interpreted(True), interpreted(False)
+Compile = Callable[[nn.Module], Any]
+# By name: with our pass in it, and the same without.
+WAYS: dict[str, tuple[Compile, Compile]] = {
+    "torch.compile": (
+        partial(torch.compile, backend=interpreted(True)),
+        partial(torch.compile, backend=interpreted(False)),
+    ),
+    "torch.compile, dynamic": (
+        partial(torch.compile, backend=interpreted(True), dynamic=True),
+        partial(torch.compile, backend=interpreted(False), dynamic=True),
+    ),
+    "Inductor": (partial(torch.compile, backend="autodeploy"), partial(torch.compile, backend="inductor")),
+}
 
 
-def check_compiled(program: Program, backend: Backend = WITH_PASS, without: Backend = WITHOUT_PASS) -> bool:
-    """Raises Different where `backend` differs from eager in a way that `without` does not; True where it does not."""
+def check_compiled(program: Program, way: str) -> bool:
+    """Raises Different where a way with our pass differs from eager as the way without does not; True where not."""
+    shared, plain = WAYS[way]
     root = program.root()
     state = state_of(program, root)
     try:
         want = eager(program, root, state)
-        got = _compiled(program, root, state, backend, want.num_calls)
+        got = _see_compiled(program, root, state, shared, want.num_calls)
         if isinstance(got, Sight) and difference(want, got) is None:
             return True
-        plain = _compiled(program, root, state, without, want.num_calls)
+        without = _see_compiled(program, root, state, plain, want.num_calls)
     finally:
         state.restore()
         torch._dynamo.reset()
-    if isinstance(plain, Exception):
-        raise Invalid(f"{type(plain).__name__}: {plain}") if isinstance(got, Exception) else Tracer(str(plain))
+    if isinstance(without, Exception):
+        raise Invalid(str(without)) if isinstance(got, Exception) else Tracer(str(without))
     if isinstance(got, Exception):
         raise Different(f"pass: {type(got).__name__}: {got}") from got
-    if (found := difference(plain, got)) is not None:
+    if (found := difference(without, got)) is not None:
         raise Different(found)
     raise Tracer(f"{difference(want, got)}")
 
 
-def _compiled(program: Program, root: nn.Module, state: State, backend: Backend, num_calls: int) -> Sight | Exception:
+def _see_compiled(
+    program: Program, root: nn.Module, state: State, compile_: Compile, num_calls: int
+) -> Sight | Exception:
     torch._dynamo.reset()
     state.restore()
     try:
-        return see(torch.compile(traced(program, root), backend=backend), program.make_inputs, state, num_calls)
+        return see(compile_(traced(program, root)), program.make_inputs, state, num_calls)
     except Exception as error:
         return error
 

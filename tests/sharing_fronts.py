@@ -12,6 +12,7 @@ from sharing_program import Program, Ref, Step, add_node, build, named, refs, re
 from torch import fx, nn
 from torch._subclasses import FakeTensorMode
 from torch.fx.experimental.proxy_tensor import make_fx
+from torch.fx.experimental.symbolic_shapes import ShapeEnv
 from torch.fx.passes.fake_tensor_prop import FakeTensorProp
 
 from autodeploy import pipeline
@@ -74,11 +75,13 @@ def as_built(program: Program, root: nn.Module) -> fx.GraphModule:
 
 
 def with_values(program: Program, root: nn.Module) -> fx.GraphModule:
-    """The same with fake values recorded, as Dynamo leaves them."""
+    """The same with fake values recorded, as Dynamo leaves them; sizes that depend on data are symbols."""
     gm = build(program, root)
-    mode = FakeTensorMode(allow_non_fake_inputs=True)
+    mode = FakeTensorMode(shape_env=ShapeEnv(), allow_non_fake_inputs=True)
+    values = program.make_inputs()
+    inputs = [mode.from_tensor(each, static_shapes=True) if isinstance(each, torch.Tensor) else each for each in values]
     with torch.no_grad():
-        FakeTensorProp(gm, mode).propagate(*program.make_inputs())
+        FakeTensorProp(gm, mode).propagate_dont_convert_inputs(*inputs)
     return gm
 
 

@@ -9,16 +9,20 @@ import warnings
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from itertools import islice
+from unittest.mock import patch
 
 import sharing_modules
 import torch
 from sharing_check import Different, Invalid, Tracer, check, failure, minimal
-from sharing_compiled import check_compiled
+from sharing_compiled import WAYS, check_compiled, packed
 from sharing_facts import lies
 from sharing_fronts import FRONTS
 from sharing_generate import generate
 from sharing_program import Program, Step, spell
 from sharing_sweep import calls, op_db, programs
+
+from autodeploy import memory
 
 # How many of a thousand programs go through each front end: they differ a hundredfold in price.
 SHARES = {
@@ -58,15 +62,29 @@ def quiet() -> Iterator[None]:
 
 
 def try_program(seed: int, number: int) -> Outcome:
-    """One generated program through one front end."""
+    """One generated program through one front end, at times with no memory to spare for what is moved to the front."""
     rng = random.Random(f"{seed} {number}")
     (front,) = rng.choices(list(SHARES), list(SHARES.values()))
-    return _tried(generate(rng), front)
+    with patch.object(memory, "PEAK_BYTES", rng.choice((0, memory.PEAK_BYTES))):
+        return _tried(generate(rng), front)
 
 
 def try_compiled(seed: int, number: int) -> Outcome:
-    """One generated program through Dynamo and AOTAutograd, with the pass in the graph, run by FX."""
-    return _tried(generate(random.Random(f"{seed} {number}")), "torch.compile")
+    """One generated program through Dynamo and AOTAutograd, with the pass in the graph, run by FX; odd ones dynamic."""
+    way = "torch.compile, dynamic" if number % 2 else "torch.compile"
+    return _tried(generate(random.Random(f"{seed} {number}")), way)
+
+
+def try_inductor(seed: int, number: int, size: int = 8) -> Outcome:
+    """Several generated programs in one, compiled by Inductor with our backend and with its own."""
+    rng = random.Random(f"{seed} {number}")
+    found = (program for program in iter(lambda: generate(rng), None) if not _leaves_memory_unwritten(program))
+    return _tried(packed(list(islice(found, size))), "Inductor")
+
+
+def _leaves_memory_unwritten(program: Program) -> bool:
+    """Inductor, other than eager, does not fill it."""
+    return any(part in spell(step) for step in program.steps for part in ("empty", "resize", "set_", "out="))
 
 
 def try_operator(seed: int, number: int, each: int = 1) -> Outcome:
@@ -101,9 +119,8 @@ def _facts(step: Step, values: list[object]) -> Outcome:
 
 def _tried(program: Program, front: str) -> Outcome:
     counts = Counter({"programs": 1, f"through {front}": 1})
-    compiled = front == "torch.compile"
     try:
-        matches = check_compiled(program) if compiled else check(program, FRONTS[front])
+        matches = check_compiled(program, front) if front in WAYS else check(program, FRONTS[front])
     except Invalid:
         counts["refused by eager or by the tracer"] += 1
     except Tracer:
@@ -117,7 +134,7 @@ def _tried(program: Program, front: str) -> Outcome:
 
 
 def _report(program: Program, front: str, error: Different) -> str:
-    if front == "torch.compile":
+    if front in WAYS:
         return f"through {front}\n{program}\n{error}"
     small = minimal(program, FRONTS[front])
     return f"through {front}\n{small}\n{failure(small, FRONTS[front]) or f'fails at times: {error}'}"

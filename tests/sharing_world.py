@@ -200,13 +200,14 @@ def bump(x: Tensor) -> Tensor:
 
 
 _LIBRARY = torch.library.Library("sharing", "DEF")
-for _schema, _function in {
-    "plus(Tensor x, int n=1) -> Tensor": lambda x, n=1: x + n,
-    "two(Tensor x) -> (Tensor, Tensor)": lambda x: (x + 1, x - 1),
-    "bump(Tensor(a!) x, int n) -> ()": lambda x, n: x.add_(n) and None,
-    "log(Tensor x) -> ()": lambda x: LOG.append(x.double().sum().item()),
-    "fill(Tensor x, *, Tensor(a!) out) -> Tensor(a!)": lambda x, *, out: out.fill_(1),
+for _schema, (_function, _fake) in {
+    "plus(Tensor x, int n=1) -> Tensor": (lambda x, n=1: x + n, lambda x, n=1: x + n),
+    "two(Tensor x) -> (Tensor, Tensor)": (lambda x: (x + 1, x - 1), lambda x: (x + 1, x - 1)),
+    "bump(Tensor(a!) x, int n) -> ()": (lambda x, n: x.add_(n) and None, lambda x, n: None),
+    "log(Tensor x) -> ()": (lambda x: LOG.append(x.double().sum().item()), lambda x: None),
+    "fill(Tensor x, *, Tensor(a!) out) -> Tensor(a!)": (lambda x, *, out: out.fill_(1), lambda x, *, out: out),
 }.items():
     _LIBRARY.define(_schema)
     _LIBRARY.impl(_schema.split("(")[0], _function, "CompositeExplicitAutograd")
+    torch.library.register_fake(f"sharing::{_schema.split('(')[0]}", _fake, lib=_LIBRARY)
 ops = torch.ops.sharing
