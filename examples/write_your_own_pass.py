@@ -23,6 +23,7 @@ from transformers import AutoModelForCausalLM, Gemma3TextConfig
 import autodeploy as ad
 from autodeploy.effects import is_pure
 from autodeploy.graph import get_attribute
+from autodeploy.values import record_values
 
 
 @dataclass(frozen=True)
@@ -48,7 +49,9 @@ class FoldWeights:
         name = f"folded_{node.name}"
         gm.register_parameter(name, nn.Parameter(value, requires_grad=False))
         with gm.graph.inserting_before(node):
-            node.replace_all_uses_with(gm.graph.get_attr(name))
+            weight = gm.graph.get_attr(name)
+        record_values([weight])  # every node says what it makes
+        node.replace_all_uses_with(weight)
 
 
 def main() -> None:

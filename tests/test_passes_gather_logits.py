@@ -9,6 +9,7 @@ from traces import apply, before, count, text
 
 from autodeploy.graph import take_near_misses
 from autodeploy.metadata import fields
+from autodeploy.values import record_values
 from passes import GatherLogits
 
 aten = torch.ops.aten
@@ -40,6 +41,7 @@ def test_hidden_states_that_others_read_are_left_whole() -> None:
         other = gm.graph.call_function(aten.sum.default, (hidden,))
         total = gm.graph.call_function(aten.add.Tensor, (head, other))
     other.append(total)
+    record_values([other, total])
     gm.graph.output_node().replace_input_with(head, total)
     apply(GatherLogits(), gm)
     (rows,) = gm.graph.find_nodes(op="call_function", target=aten.index_select.default)

@@ -55,7 +55,8 @@ def apply(step: Pass, gm: fx.GraphModule) -> int:
     matches = step.apply(gm)
     gm.graph.eliminate_dead_code()
     gm.graph.lint()
-    spec.check(gm, split(gm))
+    spec.check(gm, split(gm), typed=True)
+    spec.check_values(gm)
     assert difference(old, logits(gm), exact=not getattr(step, "may_round", False)) is None
     done = text(gm)
     assert step.apply(gm) == 0
