@@ -58,7 +58,7 @@ def test_metadata_is_written_once_per_layer() -> None:
 def test_options_are_checked_before_anything_changes() -> None:
     gm = before("insert_cached_attention")
     graph = text(gm)
-    with pytest.raises(OptionError, match="page_size must be at least 1"):
+    with pytest.raises(OptionError, match="page_size is 0"):
         InsertCachedAttention(page_size=0).apply(gm)
     with pytest.raises(UnknownName, match="unknown backend 'referense'") as caught:
         InsertCachedAttention({"full_attention": "referense"}).apply(gm)
