@@ -10,18 +10,32 @@ from typing import Any
 
 import torch
 from sharing_oracle import LOG, bytes_of
-from sharing_program import Ref, Step, add_node, execute, refs
+from sharing_program import Program, Ref, Step, add_node, execute, refs, spell
 from torch import Tensor, fx
+from torch._ops import HigherOrderOperator
 from torch.utils import _pytree as pytree
 
 from autodeploy.aliasing import aliased, writes
 from autodeploy.effects import impurity
 
 
+def lies_in(program: Program) -> list[str]:
+    """What the package denies of the steps of a program, run on its first inputs. Raises what a step raises."""
+    values, root = program.make_inputs(), program.root()
+    found = []
+    for step in program.steps:
+        # The graphs of a higher-order op are its arguments: one node alone does not show them.
+        if step.kind in ("function", "method") and not isinstance(step.target, HigherOrderOperator):
+            found += [f"{spell(step)} {lie}" for lie in lies(step, values)]
+        else:
+            values.append(execute(step, values, root))
+    return found
+
+
 def lies(step: Step, values: list[Any]) -> list[str]:
     """What the package denies of this call of a function or a method, a step of a program whose places hold `values`.
 
-    Raises what the call raises; the values are as the call leaves them.
+    Raises what the call raises; the values are as the call leaves them, with its result behind them.
     """
     places = sorted({ref.place for ref in refs((step.args, step.kwargs)) if isinstance(values[ref.place], Tensor)})
     graph = fx.Graph()
@@ -31,12 +45,12 @@ def lies(step: Step, values: list[Any]) -> list[str]:
     before = {place: _seen(values[place]) for place in places}
     random_state, num_logged = torch.get_rng_state(), len(LOG)
     with torch.no_grad():
-        result = execute(step, values, None)
+        values.append(execute(step, values, None))
     found = []
     why_not = impurity(node)
     if why_not is None and (len(LOG) > num_logged or not torch.equal(random_state, torch.get_rng_state())):
         found.append("draws random numbers or has an effect")
-    made = {_storage(leaf) for leaf in pytree.tree_leaves(result) if isinstance(leaf, Tensor) and leaf.numel()}
+    made = {_storage(leaf) for leaf in pytree.tree_leaves(values[-1]) if isinstance(leaf, Tensor) and leaf.numel()}
     written = {before[place][-1] for place in places if nodes[place] in writes(node)}
     shared = {before[place][-1] for place in places if nodes[place] in aliased(node)}
     for place in places:  # arguments may share memory with each other

@@ -228,6 +228,20 @@ def _map(g: G) -> Step:
     return Step("function", torch.ops.higher_order.map_impl, (body, [g.tensor()], []))
 
 
+def _wrapped(g: G) -> Step:
+    body = g.add(Step("attribute", g.rng.choice(BODIES)))
+    if g.rng.random() < 0.5:
+        args = (g.rng.random() < 0.5, body, g.tensor())
+        return Step("function", torch.ops.higher_order.wrap_with_set_grad_enabled, args)
+    args = ("cpu", torch.bfloat16, g.rng.random() < 0.5, None, body, g.tensor())
+    return Step("function", torch.ops.higher_order.wrap_with_autocast, args)
+
+
+def _loop(g: G) -> Step:
+    condition, body = (g.add(Step("attribute", name)) for name in ("is_small", "plus_one"))
+    return Step("function", torch.ops.higher_order.while_loop, (condition, body, (g.typed(torch.int64),), ()))
+
+
 def _seed(g: G) -> Step:
     return Step("function", torch.manual_seed, (g.rng.choice([0, 1]),))
 
@@ -258,5 +272,5 @@ STEPS: tuple[Callable[[Any], Step], ...] = (
         _attribute,
     ),
     *(_module, _module, _module, _functional, _functional, _norm, _embedding, _out, _out, _custom, _custom, _foreign),
-    *(_autocast, _cond, _functionalized, _map, _seed, _pool),
+    *(_autocast, _cond, _functionalized, _map, _wrapped, _loop, _seed, _pool),
 )

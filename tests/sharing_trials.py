@@ -14,9 +14,9 @@ from unittest.mock import patch
 
 import sharing_modules
 import torch
-from sharing_check import Different, Invalid, Tracer, check, failure, minimal
+from sharing_check import Different, Invalid, Tracer, check, failure, minimal, state_of
 from sharing_compiled import WAYS, check_compiled, packed
-from sharing_facts import lies
+from sharing_facts import lies, lies_in
 from sharing_fronts import FRONTS
 from sharing_generate import generate
 from sharing_program import Program, Step, spell
@@ -65,8 +65,12 @@ def try_program(seed: int, number: int) -> Outcome:
     """One generated program through one front end, at times with no memory to spare for what is moved to the front."""
     rng = random.Random(f"{seed} {number}")
     (front,) = rng.choices(list(SHARES), list(SHARES.values()))
+    program = generate(rng)
     with patch.object(memory, "PEAK_BYTES", rng.choice((0, memory.PEAK_BYTES))):
-        return _tried(generate(rng), front)
+        outcome = _tried(program, front)
+    if not number % 4:
+        outcome.add(_facts_of(program))
+    return outcome
 
 
 def try_compiled(seed: int, number: int) -> Outcome:
@@ -114,7 +118,18 @@ def _facts(step: Step, values: list[object]) -> Outcome:
         found = lies(step, values)
     except Exception:  # the operator refuses its sample in this spelling
         return Outcome()
-    return Outcome(Counter({"calls": 1}), [f"{spell(step)}\n{lie}, which is denied" for lie in found])
+    return Outcome(Counter({"calls": 1}), [f"{spell(step)} {lie}, which is denied" for lie in found])
+
+
+def _facts_of(program: Program) -> Outcome:
+    state = state_of(program, program.root())
+    try:
+        found = lies_in(program)
+    except Exception:
+        return Outcome()
+    finally:
+        state.restore()
+    return Outcome(Counter({"calls": len(program.steps)}), [f"{lie}, which is denied, in\n{program}" for lie in found])
 
 
 def _tried(program: Program, front: str) -> Outcome:

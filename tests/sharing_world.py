@@ -102,6 +102,14 @@ def body(function: Any, *rest: Any) -> fx.GraphModule:
     return fx.GraphModule(nn.Module(), graph)
 
 
+def condition() -> fx.GraphModule:
+    """The graph that says whether a loop goes on, which adds 1: as long as anything is just below 3."""
+    graph = fx.Graph()
+    near = graph.call_function(torch.isin, (graph.placeholder("x"), graph.get_attr("near")))
+    graph.output(graph.call_function(torch.any, (near,)))
+    return fx.GraphModule({"near": torch.arange(-3, 3)}, graph)
+
+
 def writer() -> fx.GraphModule:
     """A graph that writes to its input."""
     graph = fx.Graph()
@@ -160,6 +168,7 @@ def world() -> nn.Module:
     root.double_0, root.double_1 = body(torch.mul, 2), body(torch.mul, 2)
     root.double_float, root.halve = body(torch.mul, 2.0), body(torch.div, 2)
     root.plus_0, root.plus_1, root.plus_2 = constant_body(0.0), constant_body(0.0), constant_body(1.0)
+    root.is_small, root.plus_one = condition(), body(torch.add, 1)
     root.noise = body(torch.rand_like)
     return root.requires_grad_(False)
 

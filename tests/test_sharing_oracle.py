@@ -9,8 +9,10 @@ from typing import Any, NamedTuple
 from unittest.mock import patch
 
 import pytest
+import sharing_facts
 import torch
 from sharing_check import failure
+from sharing_facts import lies_in
 from sharing_fronts import FRONTS
 from sharing_generate import generate
 from sharing_trials import quiet
@@ -78,3 +80,19 @@ def test_a_broken_pass_is_seen(name: str) -> None:
         numbers = itertools.islice(itertools.count(broken.first), _MOST)
         programs = (generate(random.Random(f"0 {number}")) for number in numbers)
         assert any(failure(program, FRONTS[broken.front]) for program in programs)
+
+
+DENIED: dict[str, tuple[str, Callable[..., Any]]] = {
+    "shares memory": ("aliased", lambda node: []),
+    "writes to": ("writes", lambda node: []),
+    "draws random numbers": ("impurity", lambda node: None),
+}
+
+
+@pytest.mark.parametrize("lie", DENIED)
+@pytest.mark.filterwarnings("ignore")
+def test_a_denied_fact_is_seen(lie: str) -> None:
+    what, denied = DENIED[lie]
+    with quiet(), patch.object(sharing_facts, what, denied):
+        programs = (generate(random.Random(f"0 {number}")) for number in range(100))
+        assert any(lie in found for program in programs for found in lies_in(program))
