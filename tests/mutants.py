@@ -53,17 +53,17 @@ def _part(names: str, tests: str, slow: str = "") -> Part:
 
 
 _SHARING = "test_memory test_fuzz_completeness test_passes_share_metadata"
-_SLOW = "get_one_node random_graphs test_fuzz_share_metadata test_dynamo_integers"
+_SLOW = "get_one_node random_graphs test_sharing_proved"
 PARTS = [
     _part("equality", f"test_equality {_SHARING}", _SLOW),
-    _part("effects", f"test_effects {_SHARING}", f"{_SLOW} test_canonicalize"),
-    _part("aliasing", f"test_effects test_equality {_SHARING}", f"{_SLOW} test_canonicalize"),
+    _part("effects", f"test_effects {_SHARING}", _SLOW),
+    _part("aliasing", f"test_effects test_equality {_SHARING}", _SLOW),
     _part("dependence", f"test_effects {_SHARING}", _SLOW),
     _part("outline", _SHARING, _SLOW),
-    _part("mixing along", "test_mixing", "test_passes_nest_inputs test_token_sweep"),
+    _part("mixing", "test_mixing test_token_sweep", "test_passes_nest_inputs"),
     _part("step_cache step_files fingerprint graph_key machine", "test_step_key test_step_cache", "another_checkpoint"),
     _part("runtime/pages", "test_pages test_scheduler test_packer test_engine"),
-    _part("runtime/scheduler", "test_scheduler test_packer test_engine"),
+    _part("runtime/scheduler", "test_scheduler test_failing_requests test_packer test_engine"),
 ]
 _OPTIONS = ["-o", "addopts=", "-x", "-q", "--no-header", "--tb=short", "-p", "no:cacheprovider", "-p", "no:xdist"]
 _OPTIONS += ["-W", "ignore::pytest.PytestAssertRewriteWarning"]  # hypothesis is loaded before pytest starts
