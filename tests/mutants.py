@@ -196,8 +196,8 @@ def _run_tests(folder: Path, path: str, tree: ast.Module, edit: Edit | None, tes
     """In the fork, and never back."""
     os.setpgid(0, 0)
     log = os.open(folder / "log", os.O_CREAT | os.O_WRONLY)
-    os.dup2(log, 1)
-    os.dup2(log, 2)
+    for target, source in ((0, os.open(os.devnull, os.O_RDONLY)), (1, log), (2, log)):
+        os.dup2(source, target)
     os.environ["AUTODEPLOY_CACHE"] = str(folder)
     phases = (hypothesis.Phase.explicit, hypothesis.Phase.generate)  # nobody reads the shrunk example
     hypothesis.settings.register_profile("mutants", derandomize=True, database=None, phases=phases)

@@ -17,6 +17,7 @@ from autodeploy import pipeline
 from autodeploy.dependence import input_roles, split
 from autodeploy.errors import UnsupportedFeature
 from autodeploy.graph import PREPARE, ROLE, prepare_nodes
+from autodeploy.values import VALUE
 from passes import NestInputs, ShareMetadata
 
 aten = torch.ops.aten
@@ -145,7 +146,7 @@ def test_buffers_move_and_parameters_stay() -> None:
     gm = module(build)
     assert share(gm) == ["add"]
     assert [str(node.target) for node in gm.graph.find_nodes(op="get_attr")] == ["parameter"]
-    assert dict(getattr(gm, PREPARE).named_buffers()) == {"buffer": gm.buffer}, "one name, also after a second run"
+    assert getattr(gm, PREPARE).buffer is gm.buffer
 
 
 def test_a_buffer_that_both_sides_read_is_not_copied() -> None:
@@ -220,15 +221,26 @@ def test_what_comes_later_is_absorbed() -> None:
 def test_what_is_made_of_sizes_is_absorbed_later() -> None:
     def build(graph: fx.Graph, layout: fx.Node, x: fx.Node) -> fx.Node:
         sizes = [call(aten.sym_size.int, x, dim) for dim in (0, 1)]
-        return call(aten.add.Tensor, x, graph.call_function(aten.full.default, (sizes, 2)))
+        filled = graph.call_function(aten.full.default, (sizes, 2))
+        return call(aten.add.Tensor, x, call(aten.mul.Tensor, filled, graph.get_attr("buffer")))
 
     gm = module(build)
     share(gm)
     output = gm.graph.output_node()
-    (filled,) = gm.graph.find_nodes(op="call_function", target=operator.getitem)
+    (made,) = gm.graph.find_nodes(op="call_function", target=operator.getitem)
     with gm.graph.inserting_before(output):
-        output.args = (call(aten.mul.Tensor, output.all_input_nodes[0], call(aten.neg.default, filled)),)
-    assert share(gm) == ["full", "neg"]
+        output.args = (call(aten.mul.Tensor, output.all_input_nodes[0], call(aten.neg.default, made)),)
+    assert share(gm) == ["full", "mul", "neg"]
+    assert dict(getattr(gm, PREPARE).named_buffers()) == {"buffer": gm.buffer}
+
+
+def test_values_may_be_recorded_of_some_nodes_only() -> None:
+    def build(graph: fx.Graph, layout: fx.Node, x: fx.Node) -> tuple[fx.Node, ...]:
+        made = [call(op, layout) for op in (aten.neg.default, aten.abs.default)]
+        made[0].meta[VALUE] = example(4)
+        return tuple(call(aten.add.Tensor, x, node) for node in made)
+
+    assert share(module(build)) == ["neg", "abs"]
 
 
 def test_modules_of_others_stay() -> None:
@@ -237,7 +249,7 @@ def test_modules_of_others_stay() -> None:
     output = gm.graph.output_node()
     with gm.graph.inserting_before(output):
         made = gm.graph.call_module("leaf", (gm.graph.find_nodes(op="placeholder")[1],))
-        output.args = (call(aten.add.Tensor, output.all_input_nodes[0], made),)
+        output.args = (call(aten.add.Tensor, output.all_input_nodes[0], call(aten.neg.default, made)),)
     assert share(gm) == []
 
 
