@@ -112,7 +112,9 @@ def sharing(nodes: Iterable[fx.Node], holders: _Holders | None = None) -> set[fx
         found.add(node)
         waiting += aliased(node)
         waiting += [user for user in node.users if node in aliased(user)]
-        for storage in holders.of_node.get(node, ()) if holders else ():
+        if holders is None:
+            continue
+        for storage in holders.of_node.get(node, ()):
             waiting += [other for other in holders.of_storage[storage] if other not in found]
     return found
 

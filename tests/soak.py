@@ -106,7 +106,7 @@ def llama_load() -> Load:
 
 def soak(load: Load, num_requests: int, num_threads: int, seed: int) -> None:
     """Run at least `num_requests`; raises AssertionError where anything is not as it should be."""
-    lock = threading.Lock()
+    lock, others = threading.Lock(), _num_alive()
 
     def work(thread: int) -> None:
         random = Random(1000 * seed + thread)
@@ -121,10 +121,11 @@ def soak(load: Load, num_requests: int, num_threads: int, seed: int) -> None:
     with ThreadPoolExecutor(num_threads) as pool:
         for future in [pool.submit(work, thread) for thread in range(num_threads)]:
             future.result()
-    check_empty(load)
+    check_empty(load, others)
 
 
-def check_empty(load: Load) -> None:
+def check_empty(load: Load, others: int) -> None:
+    """`others` is the number of requests that other engines of this process had before."""
     engine = load.engine
     assert not engine.has_work
     assert not engine._tables.tables.any()
@@ -132,10 +133,13 @@ def check_empty(load: Load) -> None:
     assert len(engine._tables.free_rows) == engine._tables.tables.shape[1]
     for index in range(len(load.prompts)):
         _check(load, index, engine.run(_requests(load, [index]))[0].token_ids)
-    gc.collect()
-    alive = sum(type(thing) is Request for thing in gc.get_objects())
     # Each arena remembers the batch that it holds.
-    assert alive <= (len(engine._staging.arenas) + 1) * len(engine._tables.free_rows)
+    assert _num_alive() - others <= (len(engine._staging.arenas) + 1) * len(engine._tables.free_rows)
+
+
+def _num_alive() -> int:
+    gc.collect()
+    return sum(type(thing) is Request for thing in gc.get_objects())
 
 
 def _check(load: Load, index: int, tokens: tuple[int, ...]) -> None:
