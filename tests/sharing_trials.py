@@ -16,6 +16,7 @@ import sharing_modules
 import torch
 from sharing_check import Different, Invalid, Tracer, check, failure, minimal, state_of
 from sharing_compiled import WAYS, check_compiled, packed
+from sharing_complete import shortcomings
 from sharing_facts import lies, lies_in
 from sharing_fronts import FRONTS
 from sharing_generate import generate
@@ -68,8 +69,10 @@ def try_program(seed: int, number: int) -> Outcome:
     program = generate(rng)
     with patch.object(memory, "PEAK_BYTES", rng.choice((0, memory.PEAK_BYTES))):
         outcome = _tried(program, front)
-    if not number % 4:
+    if number % 4 == 0:
         outcome.add(_facts_of(program))
+    if number % 8 == 1:
+        outcome.add(_completeness_of(program))
     return outcome
 
 
@@ -130,6 +133,13 @@ def _facts_of(program: Program) -> Outcome:
     finally:
         state.restore()
     return Outcome(Counter({"calls": len(program.steps)}), [f"{lie}, which is denied, in\n{program}" for lie in found])
+
+
+def _completeness_of(program: Program) -> Outcome:
+    try:
+        return Outcome(Counter({"looked at for what was left": 1}), shortcomings(program))
+    except Exception:  # eager refuses it, or the trial of the program has said so
+        return Outcome()
 
 
 def _tried(program: Program, front: str) -> Outcome:

@@ -12,6 +12,7 @@ import pytest
 import sharing_facts
 import torch
 from sharing_check import failure
+from sharing_complete import shortcomings
 from sharing_facts import lies_in
 from sharing_fronts import FRONTS
 from sharing_generate import generate
@@ -20,6 +21,7 @@ from torch import fx
 
 from autodeploy import aliasing, dependence, effects, equality, outline
 from autodeploy.spelling import attribute
+from passes import ShareMetadata
 
 _MOST = 2000
 _freeze, _key, _impurity = equality._freeze, equality.value_key, effects.impurity
@@ -96,3 +98,9 @@ def test_a_denied_fact_is_seen(lie: str) -> None:
     with quiet(), patch.object(sharing_facts, what, denied):
         programs = (generate(random.Random(f"0 {number}")) for number in range(100))
         assert any(lie in found for program in programs for found in lies_in(program))
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_what_is_left_is_seen() -> None:
+    with quiet(), patch.object(ShareMetadata, "apply", lambda step, gm: 0):
+        assert any(shortcomings(generate(random.Random(f"0 {number}"))) for number in range(20))
