@@ -52,6 +52,7 @@ def main() -> None:
         total.add(_all(trial, range(options.first, options.first + options.inductor), 1, options))
     for name, number in total.counts.most_common():
         print(f"{number:>9,} {name}")
+    print(f"{len(total.ended):>9,} ended the process {total.ended or ''}")
     print(f"{len(total.differences):>9,} differences")
     sys.exit(bool(total.differences))
 

@@ -33,7 +33,7 @@ def run(trial: Callable[[int], Outcome], numbers: range) -> Outcome:
         process.join()
         first = at.value + numbers.step
         if process.exitcode != 0:
-            outcome.counts["ended the process"] += 1
+            outcome.ended.append(f"trial {at.value} by signal {-process.exitcode}")
     return outcome
 
 

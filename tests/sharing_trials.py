@@ -43,10 +43,12 @@ class Outcome:
 
     counts: Counter[str] = field(default_factory=Counter)
     differences: list[str] = field(default_factory=list)
+    ended: list[str] = field(default_factory=list)  # trials that ended the process
 
     def add(self, other: Outcome) -> None:
         self.counts += other.counts
         self.differences += other.differences
+        self.ended += other.ended
 
 
 @contextlib.contextmanager
