@@ -21,6 +21,7 @@ from sharing_steps import STEPS, with_attribute
 from sharing_table import DOMAINS, DTYPES, NUMBERS, TABLE, WRITES, Argument, Line, lines
 from sharing_world import ATTRIBUTES, TWINS, inputs, world
 from torch import Tensor
+from torch._ops import OpOverload
 
 _MAX_NUMEL = 200
 _SCHEMA_NAMES = {"self": "input"}
@@ -58,8 +59,14 @@ def _has_least_integer(value: Tensor) -> bool:
 
 
 def _ends_the_process(target: Any, arguments: Any) -> bool:
-    """Whether torch 2.13 divides integers by False in here, without looking."""
+    """Whether torch 2.13 divides integers by False in here, or takes a whole number for a dtype, without looking."""
     name = target if isinstance(target, str) else getattr(target, "__name__", "")
+    args, kwargs = arguments
+    if isinstance(target, OpOverload):
+        given = zip(target._schema.arguments, args, strict=False)
+        given = [*given, *((arg, kwargs.get(arg.name)) for arg in target._schema.arguments)]
+        if any(type(value) is int and "ScalarType" in str(arg.real_type) for arg, value in given):
+            return True
     if not any(part in name for part in ("remainder", "fmod", "mod")):
         return False
     leaves = torch.utils._pytree.tree_leaves(arguments)
@@ -96,7 +103,8 @@ class Generator:
             except Broken:
                 raise
             except Exception:  # the values do not allow it
-                continue
+                if not all(map(_is_sound, self.values)):
+                    raise Broken from None
         while self.autocasts:
             self.add(Step("function", torch.amp.autocast_mode._exit_autocast, (self.autocasts.pop(),)))
         outputs, grows = self.outputs(), self.rng.random() < 0.2
@@ -166,10 +174,10 @@ class Generator:
         names = [name for name in packet.overloads() if "out" not in name and "prim" not in name]
         self.rng.shuffle(names)
         values = resolve((args, kwargs), self.values)
-        if _ends_the_process(packet, values):
-            raise Refused
         for name in names[:6]:
             overload = getattr(packet, name)
+            if _ends_the_process(overload, values):
+                continue
             memory: dict[int, Any] = {}
             copied = torch.utils._pytree.tree_map_only(Tensor, lambda each, m=memory: copy_of(each, 0, m), values)
             try:

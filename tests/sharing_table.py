@@ -325,7 +325,7 @@ squeeze_        self dim?
 t_              self
 transpose_      self dim0:dim dim1:dim
 swapaxes_       self axis0:dim axis1:dim
-resize_         self size:shape
+resize_         self size:sizes
 as_strided_     self size:pair stride:pair storage_offset:small?
 detach_         self
 set_            self source:tensor
@@ -430,6 +430,7 @@ DOMAINS: dict[str, Choices] = {
     "shape": _one_of(
         (), (-1,), [-1], (3,), (2, -1), (-1, 2), (3, 2), [2, 3], (6,), (1, -1), (4,), (2, 2), 4, torch.Size([3])
     ),
+    "sizes": _one_of((), (3,), (2, 2), [2, 3], (6,), (4,), (1, 1)),
     "expansion": _one_of((2, -1), (2, -1, -1), (-1, 3), (3, 3), (2, 3), (3, -1), (2, 2, 3), [4], (4, 3), (-1, -1)),
     "pair": _one_of((2, 2), (1, 1), [1, 2], (0, 1), (2, 1), (3,), (1,), [2], (1, 0), (2, 0), (3, 1)),
     "one": _one_of([3], (3,), [4], (2,), (2, 3)),
