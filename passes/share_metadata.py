@@ -38,19 +38,28 @@ class ShareMetadata:
 
     def apply(self, gm: fx.GraphModule) -> int:
         parts = split(gm)
-        if parts.metadata or not parts.known.issuperset(prepare_nodes(gm)):
-            parts = _collect(gm, parts)
-        moved, num_known = len(parts.metadata), len(parts.known)
-        parts = _merge(gm, parts)
-        merged = num_known - len(parts.known)
-        if moved:
-            left = len(parts.metadata)
-            parts = _keep_large(gm, parts)
-            moved -= left - len(parts.metadata)
-            outline(gm, parts)
+        matches = 0
+        # Where all is shared and nothing has come since, the graph is as this pass left it.
+        if parts.metadata or not prepare_nodes(gm) or not parts.known.issuperset(prepare_nodes(gm)):
+            matches, parts = _share(gm, parts)
         for node, reason in parts.refused.items():
             near_miss(gm, node, f"{spelled(node)} {reason}")
-        return moved or merged
+        return matches
+
+
+def _share(gm: fx.GraphModule, parts: Split) -> tuple[int, Split]:
+    """The number of nodes moved or, where none was, merged; and what the graph was made of before it moved."""
+    if parts.metadata or prepare_nodes(gm):
+        parts = _collect(gm, parts)
+    moved, num_known = len(parts.metadata), len(parts.known)
+    parts = _merge(gm, parts)
+    merged = num_known - len(parts.known)
+    if moved:
+        left = len(parts.metadata)
+        parts = _keep_large(gm, parts)
+        moved -= left - len(parts.metadata)
+        outline(gm, parts)
+    return moved or merged, parts
 
 
 def _collect(gm: fx.GraphModule, parts: Split) -> Split:

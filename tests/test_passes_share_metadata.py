@@ -16,7 +16,7 @@ from traces import apply, before, text
 from autodeploy import pipeline
 from autodeploy.dependence import input_roles, split
 from autodeploy.errors import UnsupportedFeature
-from autodeploy.graph import PREPARE, ROLE, prepare_nodes
+from autodeploy.graph import CONSTANT, PREPARE, ROLE, prepare_nodes
 from autodeploy.values import VALUE
 from passes import NestInputs, ShareMetadata
 
@@ -322,6 +322,24 @@ def test_what_is_metadata_no_longer_comes_out_again() -> None:
     pipeline.run(gm, [ShareMetadata()])
     assert not prepare_nodes(gm)
     assert all(map(torch.equal, want, gm(x, layout)))
+
+
+def test_constants_that_may_reach_the_caller_stay_two_the_second_time() -> None:
+    """`+` may be that of lists, which hold what they join; then the caller is given the constant."""
+    root = torch.nn.Module()
+    root.one, root.same = torch.nn.Buffer(torch.ones(4, 6)), torch.nn.Buffer(torch.ones(4, 6))
+    graph = fx.Graph()
+    layout = graph.placeholder("layout")
+    layout.meta[ROLE] = "layout"
+    same, one = graph.create_node("get_attr", "same"), graph.create_node("get_attr", "one")
+    one.meta[CONSTANT] = same.meta[CONSTANT] = True
+    joined = call(operator.add, call(aten.sin.default, layout), one)
+    graph.output((call(aten.neg.default, one), call(aten.clone.default, same), joined))
+    gm = fx.GraphModule(root, graph)
+    pipeline.run(gm, [ShareMetadata()])
+    done = text(gm)
+    assert ShareMetadata().apply(gm) == 0
+    assert text(gm) == done
 
 
 def test_a_graph_without_roles_is_shared_by_the_dtypes_of_its_inputs() -> None:
