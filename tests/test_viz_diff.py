@@ -10,7 +10,7 @@ from io import StringIO
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from layout_graphs import OPS, random_module
 from torch import fx
@@ -64,6 +64,7 @@ def test_every_node_is_accounted_for(
 
 @settings(max_examples=25, deadline=None)
 @given(DRAWS)
+@example([("add", 0, 0, 0)] * 4 + [("split", 0, 0, 0), ("add_", 9, 0, 0)])
 def test_outlining_is_moving_and_merging(draws: list[tuple[str, int, int, int]]) -> None:
     """What share_metadata does is no change to anybody who reads or is read."""
     gm = random_module(draws)

@@ -131,14 +131,16 @@ class Recorder:
         old = {self._ids[node]: node for node in self._ids}
         free = old.keys() - {self._ids[node] for node in nodes if node in self._ids}
         origins: dict[int, tuple[int, ...]] = {}
-        for node in [node for node in nodes if node not in self._ids]:
+        # First in called graphs: what takes a result out of one may look like a node that has moved into it.
+        for node in sorted((node for node in nodes if node not in self._ids), key=lambda node: node.graph is gm.graph):
             source = node.meta.get(_ID)
             if source is None and node.op == "output":
                 source = next((id for id in free if old[id].op == "output"), None)
             if source in free and (old[source].op, old[source].target) == (node.op, node.target):
                 free.discard(source)
                 self._ids[node] = source
-                continue
+        for node in [node for node in nodes if node not in self._ids]:
+            source = node.meta.get(_ID)
             self._ids[node] = next(self._numbers)
             if source in old:
                 origins[self._ids[node]] = (source,)
