@@ -10,6 +10,7 @@ import torch
 from sharing_oracle import Sight, State, difference, see, tensors_of
 from sharing_program import CONSTANT_NAME, Program, build, named, refs, without_input, without_step
 from torch import fx, nn
+from torch._subclasses.fake_tensor import FakeTensor
 
 from autodeploy import pipeline
 from autodeploy.graph import PREPARE
@@ -85,9 +86,13 @@ def _front(program: Program, root: nn.Module, front: Front) -> fx.GraphModule:
     forget_tracers()
     torch.default_generator.manual_seed(1)
     try:
-        return front(program, root)
+        gm = front(program, root)
     except Exception as error:
         raise Invalid(f"{type(error).__name__}: {error}") from error
+    # torch's own `map` leaves constants of its bodies fake.
+    if any(isinstance(tensor, FakeTensor) for tensor in (*gm.buffers(), *gm.parameters())):
+        raise Tracer("make_fx left a fake tensor in the graph")
+    return gm
 
 
 def _share(gm: fx.GraphModule) -> int:
