@@ -121,7 +121,7 @@ def sharing(nodes: Iterable[fx.Node], holders: _Holders | None = None) -> set[fx
 
 def returned(graph: fx.Graph) -> set[fx.Node]:
     """Nodes that a caller is given or may find somewhere, or that share storage with one of those."""
-    waiting = [arg for node in graph.nodes if node.op == "output" or _may_keep(node) for arg in node.all_input_nodes]
+    waiting = [arg for node in graph.nodes if _may_keep(node) for arg in node.all_input_nodes]
     found: set[fx.Node] = set()
     while waiting:
         node = waiting.pop()
@@ -132,17 +132,17 @@ def returned(graph: fx.Graph) -> set[fx.Node]:
 
 
 def _may_keep(node: fx.Node) -> bool:
-    """Whether `node` may put its arguments where they outlive the graph: in an input, a module, a global."""
+    """Whether `node` puts its arguments where they outlive the graph, as the output does: in a module, a global."""
     if node.op == "call_module":
         return bool(_module_writes(node))
-    if node.op in ("placeholder", "output", "get_attr") or isinstance(node.target, HigherOrderOperator):
+    if isinstance(node.target, HigherOrderOperator):
         return False
     return _argument_names(node).written is None or (node.target is operator.setitem and _may_hold_arguments(node))
 
 
 def writes(node: fx.Node) -> list[fx.Node]:
     """The arguments that `node` may write to; a module that may write to its own tensors stands for them."""
-    if node.op in ("placeholder", "output", "get_attr"):
+    if node.op == "output":
         return []
     if node.op == "call_module":
         return _module_writes(node)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import operator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import fx
@@ -38,7 +38,7 @@ class Split:
     def without(self, gone: set[fx.Node]) -> Split:
         """The same without nodes that have been erased since."""
         metadata = [node for node in self.metadata if node not in gone]
-        return Split(self.known - gone, self.scalars - gone, metadata, self.refused)
+        return replace(self, known=self.known - gone, metadata=metadata)
 
 
 def split(gm: fx.GraphModule) -> Split:
@@ -133,8 +133,6 @@ def _depends_on_known(node: fx.Node, roles: dict[fx.Node, str | None], so_far: S
     if node.op == "get_attr":
         value = attribute(node)
         return not (isinstance(value, torch.Tensor) and (isinstance(value, torch.nn.Parameter) or value.requires_grad))
-    if node.op == "output":
-        return False
     if node in so_far.scalars and is_measure(node):
         source = node.all_input_nodes[0]
         return source.op == "placeholder" or source in so_far.known

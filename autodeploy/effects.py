@@ -94,8 +94,6 @@ def impurity(node: fx.Node) -> str | None:
     """Why computing `node` once instead of twice, or earlier, could be noticed; None where it could not."""
     if node.op == "get_attr" or is_measure(node):
         return None
-    if node.op not in ("call_function", "call_method"):
-        return UNKNOWN
     if isinstance(node.target, HigherOrderOperator):
         return _higher_order_impurity(node)
     if node.target is getattr:

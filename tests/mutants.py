@@ -61,7 +61,11 @@ PARTS = [
     _part("dependence", f"test_effects {_SHARING}", _SLOW),
     _part("outline", _SHARING, _SLOW),
     _part("mixing", "test_mixing test_token_sweep", "test_passes_nest_inputs"),
-    _part("step_cache step_files fingerprint graph_key machine", "test_step_key test_step_cache", "another_checkpoint"),
+    _part(
+        "step_cache step_files fingerprint graph_key machine",
+        "test_fingerprint test_step_key test_step_cache",
+        "another_checkpoint",
+    ),
     _part("runtime/pages", "test_pages test_scheduler test_packer test_engine"),
     _part("runtime/scheduler", "test_scheduler test_failing_requests test_packer test_engine"),
 ]

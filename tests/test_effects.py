@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 import operator
 from collections.abc import Callable
@@ -13,6 +14,7 @@ from torch import fx
 from torch.nn import functional as F
 
 from autodeploy.aliasing import aliased, mutated, returned, writes
+from autodeploy.dependence import find_scalars
 from autodeploy.effects import (
     EFFECTS,
     HOST,
@@ -181,6 +183,57 @@ def test_a_branch_is_as_pure_as_its_bodies(body: Callable[..., Any], reason: str
     program = torch.export.export(Branches(body), (torch.ones(3),))
     nodes = program.module(check_guards=False).graph.nodes
     assert [impurity(node) for node in nodes if node.target is torch.ops.higher_order.cond] == [reason]
+
+
+@torch.compiler.nested_compile_region
+def _region(x: torch.Tensor) -> torch.Tensor:
+    return x.sin()
+
+
+class Regions(torch.nn.Module):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return _region(x) + _region(x)
+
+
+def test_a_called_region_is_pure() -> None:
+    found: list[str | None] = []
+
+    def look(gm: fx.GraphModule, _: object) -> fx.GraphModule:
+        target = torch.ops.higher_order.invoke_subgraph
+        found.extend(impurity(node) for node in gm.graph.find_nodes(op="call_function", target=target))
+        return gm
+
+    torch.compile(Regions(), backend=look)(torch.ones(3))
+    assert found == [None, None]
+
+
+@pytest.mark.parametrize("version", ["auto_functionalized", "auto_functionalized_v2"])
+def test_what_was_made_functional_writes_to_copies(version: str) -> None:
+    target = getattr(torch.ops.higher_order, version)
+    x = inputs(torch.zeros(2))[0]
+    node = x.graph.call_function(target, (aten.relu_.default,), {"self": x})
+    assert (impurity(node), writes(node), aliased(node)) == (None, [], [])
+
+
+PLAIN = [torch.meshgrid, torch.einsum, torch.cartesian_prod, torch.norm, torch.split, torch.tensordot, torch.block_diag]
+PLAIN += [torch.atleast_1d, torch.atleast_2d, torch.atleast_3d, torch.broadcast_tensors, F.pad, F.embedding]
+
+
+@pytest.mark.parametrize("target", PLAIN)
+def test_functions_written_in_python_that_only_compute(target: Callable[..., Any]) -> None:
+    x = inputs(torch.zeros(2))[0]
+    assert impurity(x.graph.call_function(target, (x, x))) is None
+
+
+def test_a_size_is_no_number_where_any_of_what_it_is_measured_of_changes_size() -> None:
+    x, y = inputs(torch.zeros(2), torch.zeros(2))
+    for node in (x, y):
+        node.meta[ROLE] = "tokens"
+    number = x.graph.call_method("size", (y, 0))
+    size = x.graph.call_method("size", (x, number))
+    x.graph.call_method("t_", (x,))
+    x.graph.output((size,))
+    assert find_scalars(x.graph) == {number}
 
 
 def test_names_of_one_storage() -> None:
@@ -368,8 +421,9 @@ def test_autocast_regions_open_and_close() -> None:
         (torch.set_default_dtype, True),
         (torch.manual_seed, True),
         (torch._C._set_grad_enabled, False),
+        (functools.partial(torch.manual_seed), True),
         (torch.ones, False),
     ],
 )
 def test_what_changes_how_others_compute(target: Callable[..., Any], changes: bool) -> None:
-    assert changes_surroundings(fx.Graph().call_function(target, (1,))) == changes
+    assert changes_surroundings(fx.Graph().create_node("call_function", target, (1,), name="call")) == changes

@@ -107,6 +107,19 @@ def test_equal_sizes_are_read_from_the_first() -> None:
     assert reader.all_input_nodes == [size]
 
 
+def test_equal_conditions_are_read_from_the_first() -> None:
+    gm = exported(lambda x, y: (x.sum(), y * 2))
+    (size,) = (node.meta["val"].shape[0] for node in gm.graph.find_nodes(op="placeholder")[:1])
+    graph = fx.Graph()
+    length = graph.placeholder("length")
+    conditions = [graph.call_function(operator.eq, (length, 7)) for _ in range(2)]
+    for node in conditions:
+        node.meta["val"] = size == 7
+    graph.output(tuple(conditions))
+    assert merge_equal_numbers(conditions) == 1
+    assert graph.output_node().all_input_nodes == conditions[:1]
+
+
 def test_other_spellings_are_compared_as_they_stand() -> None:
     """`F.embedding(ids, table)` is not `aten.embedding(table, ids)`: only a schema says which argument is which."""
     graph = fx.Graph()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import nullcontext
 
 import pytest
 import torch
@@ -255,6 +256,15 @@ def test_a_graph_of_fixed_sizes_is_refused(dims: dict[int, object]) -> None:
     with pytest.raises(UnsupportedFeature, match="a graph of fixed sizes"):
         NestInputs().apply(gm)
     assert str(gm.graph) == before
+
+
+@pytest.mark.parametrize(("body", "is_read"), [(lambda x, p: x * p.sum(), True), (lambda x, p: x, False)])
+def test_positions_of_a_fixed_length_are_refused_where_they_are_read(body: Body, is_read: bool) -> None:
+    gm = traced(body)
+    (positions,) = (node for node in gm.graph.find_nodes(op="placeholder") if node.name == "position_ids")
+    positions.meta["val"] = torch.zeros(3, 12, dtype=torch.int64)
+    with pytest.raises(UnsupportedFeature, match="a graph of fixed sizes") if is_read else nullcontext():
+        token_flow(gm, ())
 
 
 @pytest.mark.parametrize("case", ["cumsum", "flip", "sort"])

@@ -375,6 +375,15 @@ def test_inputs_without_a_role_are_judged_by_their_values(value: object, role: s
     assert (input_roles(graph)[node] == "layout") == isinstance(value, int | float), "others have been given a role"
 
 
+def test_where_nothing_moves_what_was_merged_is_counted() -> None:
+    graph = fx.Graph()
+    x = graph.placeholder("x")
+    first, second = (graph.call_function(aten.arange.default, (4,)) for _ in range(2))
+    graph.output(call(aten.add.Tensor, call(aten.mul.Tensor, x, first), second))
+    gm = fx.GraphModule(nn.Module(), graph)
+    assert [ShareMetadata().apply(gm) for _ in range(2)] == [1, 0]
+
+
 def test_a_graph_without_metadata_is_left_alone() -> None:
     gm = fx.symbolic_trace(torch.nn.Linear(3, 4))
     graph = text(gm)
