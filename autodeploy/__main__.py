@@ -2,7 +2,7 @@
 
 import sys
 
-from autodeploy.cli import main
+from autodeploy.app.cli import main
 
 if __name__ == "__main__":
     sys.exit(main())

@@ -10,7 +10,7 @@ from collections.abc import Iterable
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from torch import fx
+    pass
 
 
 _MOST_LISTED = 60  # names in one message
@@ -97,23 +97,3 @@ class PassError(AutodeployError):
 
 class InvariantError(PassError):
     """A graph breaks one of the invariants in `autodeploy.spec`."""
-
-
-def node_location(node: fx.Node) -> str:
-    """`node` as a reader finds it: name, owning module path, and the line of the model's source it came from."""
-    parts = [f"node {node.name}"]
-    if path := module_path(node):
-        parts.append(f"module {path}")
-    if trace := node.meta.get("stack_trace"):
-        lines = [line.strip() for line in str(trace).strip().splitlines()]
-        frames = [line for line in lines if line.startswith("File ")]
-        if frames:
-            parts.append(frames[-1])
-    return ", ".join(parts)
-
-
-def module_path(node: fx.Node) -> str:
-    """Path of the innermost module of the traced model that made `node`, or an empty string."""
-    stack = node.meta.get("nn_module_stack") or {}
-    paths = [entry[0] for entry in stack.values()]
-    return paths[-1] if paths else ""

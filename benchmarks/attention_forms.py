@@ -22,9 +22,9 @@ import zoo
 from torch import Tensor, fx
 from transformers.utils import logging
 
-from autodeploy.attention_forms.rewrite import FORM
 from autodeploy.errors import NoAttentionFound
-from autodeploy.graph import NEAR_MISS, copy_module
+from autodeploy.graph.edit import copy_module
+from autodeploy.graph.meta import FORM, NEAR_MISS
 from autodeploy.trace.aten import from_export
 from passes import Canonicalize, FindAttention
 
@@ -70,7 +70,7 @@ def examine(model_type: str, implementation: str) -> dict[str, Any]:
         return {"refused": _refused(gm)}
     gm.graph.eliminate_dead_code()
     gm.recompile()
-    forms = Counter(", ".join(node.meta[FORM]) for node in gm.graph.nodes if FORM in node.meta)
+    forms = Counter(", ".join(FORM.of(node)) for node in gm.graph.nodes if FORM.on(node))
     return {"forms": forms, "refused": _refused(gm), "error": _error(model, raw, gm)}
 
 
@@ -130,7 +130,7 @@ def _export(model: torch.nn.Module) -> fx.GraphModule:
 
 
 def _refused(gm: fx.GraphModule) -> dict[str, int]:
-    reasons = Counter(node.meta[NEAR_MISS] for node in gm.graph.nodes if NEAR_MISS in node.meta)
+    reasons = Counter(NEAR_MISS.of(node) for node in gm.graph.nodes if NEAR_MISS.on(node))
     return {reason: count for reason, count in reasons.items() if not reason.startswith(("is a copy", "is returned"))}
 
 

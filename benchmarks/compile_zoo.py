@@ -24,6 +24,8 @@ from measure import Watched, count_layout_only
 from torch import Tensor, fx
 from workers import WorkerError, compare, serve, started
 
+from autodeploy.graph.meta import DESCRIPTION
+
 # Those that build masks, rotary tables or ALiBi per layer or per kind of layer come first.
 _NAMES = """
     gemma2 gemma3_text gpt_oss cohere2 codegen llama4_text gemma4_text inkling_text mellum bloom mpt opt gpt2 llama
@@ -129,7 +131,7 @@ def _noting_weights(backend: str, weights: set[int]) -> Any:
 
 
 def _describe(graph: fx.Graph, weights: set[int]) -> dict[str, Any]:
-    places = [node.meta["desc"].idx for node in graph.find_nodes(op="placeholder")]
+    places = [DESCRIPTION.of(node).idx for node in graph.find_nodes(op="placeholder")]
     assert places == list(range(len(places))), "AOTAutograd has changed the order of the inputs"
     layout_only, unique = count_layout_only(graph, weights)
     return {

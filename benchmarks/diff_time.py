@@ -19,7 +19,8 @@ import torch
 from machine import describe_machine
 from torch import fx
 
-from autodeploy.report import align
+from autodeploy.compiler.report import align
+from autodeploy.graph.meta import MODULE_STACK
 from autodeploy.viz.classify import classify
 from autodeploy.viz.diff import GraphDiff
 from autodeploy.viz.infer import infer_fates
@@ -59,7 +60,7 @@ def _layer(graph: fx.Graph, path: str, x: fx.Node, cos: fx.Node, activation: tor
     def call(module: str, op: torch._ops.OpOverload, *args: Any) -> fx.Node:
         node = graph.call_function(op, args)
         full = f"{path}.{module}"
-        node.meta["nn_module_stack"] = {full: (full, "Module")}
+        MODULE_STACK.set(node, {full: (full, "Module")})
         return node
 
     square = call("norm", aten.mean.dim, call("norm", aten.pow.Tensor_Scalar, x, 2), [-1], True)

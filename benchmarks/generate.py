@@ -28,7 +28,7 @@ from transformers import GenerationConfig, PreTrainedModel
 
 import autodeploy as ad
 from autodeploy import options
-from autodeploy.report import align
+from autodeploy.compiler.report import align
 
 PROMPT, NEW = 128, 64
 Contender = Callable[[torch.Tensor, int], None]

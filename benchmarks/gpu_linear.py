@@ -23,8 +23,8 @@ from machine import describe_machine
 from torch import Tensor
 from torch.nn import functional as F
 
+from autodeploy.compiler.report import align
 from autodeploy.kernels.triton_linear import Config, launch
-from autodeploy.report import align
 
 # Name: output features of each layer, input features.
 SHAPES: dict[str, tuple[tuple[int, ...], int]] = {

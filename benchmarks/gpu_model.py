@@ -13,7 +13,7 @@ from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM, StaticCache
 
 import autodeploy as ad
-from autodeploy.lowering import lower
+from autodeploy.inductor.lower import lower
 from autodeploy.metadata.layout import LayoutSpec
 from autodeploy.ops.spec import CacheSpec
 from autodeploy.runtime.caches import allocate_caches

@@ -15,10 +15,11 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from triton.testing import do_bench
 
 import autodeploy as ad
-from autodeploy.graph import PREPARE, ROLE, SITE
+from autodeploy.graph.edit import PREPARE
+from autodeploy.graph.meta import ROLE, SITE
+from autodeploy.kernels.registry import backends
 from autodeploy.metadata import fields
 from autodeploy.metadata.layout import LayoutSpec
-from autodeploy.ops.registry import backends
 from autodeploy.ops.spec import Backend, Site
 from passes import LowerFields, ShareMetadata
 
@@ -161,10 +162,10 @@ def _prepare_module(backend: Backend, layers: list[Site]) -> fx.GraphModule:
     tracer = fx.proxy.GraphAppendingTracer(graph)
     layout, num_tokens = (fx.Proxy(graph.placeholder(name), tracer) for name in ("layout", "num_tokens"))
     for node in graph.nodes:
-        node.meta[ROLE] = "layout"
+        ROLE.set(node, "layout")
     values = [value.node for site in layers for value in _metadata(backend, layout, num_tokens, site)]
     graph.output(tuple(values))
-    graph.output_node().meta[SITE] = layers[0]
+    SITE.set(graph.output_node(), layers[0])
     gm = fx.GraphModule(torch.nn.Module(), graph)
     for step in (ShareMetadata(), LowerFields()):
         step.apply(gm)

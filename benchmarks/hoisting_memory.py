@@ -28,8 +28,8 @@ from torch.nn.functional import scaled_dot_product_attention, silu
 from torch.profiler import ProfilerActivity, profile
 from workers import serve, started
 
-from autodeploy import memory
-from autodeploy.report import align
+from autodeploy.compiler.report import align
+from autodeploy.graph import memory
 
 BASE, OURS, UNBOUNDED = "inductor", "autodeploy", "no bound"
 NUM_BIASES = {"one": 1, "two": 2, "each": 6}

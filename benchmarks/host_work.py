@@ -25,9 +25,9 @@ from typing import Any
 
 import torch
 
+from autodeploy.compiler.report import align
 from autodeploy.metadata.layout import LayoutSpec
 from autodeploy.ops.spec import CacheSpec
-from autodeploy.report import align
 from autodeploy.runtime.engine import Engine
 from autodeploy.runtime.requests import SamplingParams
 

@@ -17,8 +17,8 @@ import torch
 from machine import describe_machine
 from torch.nn import functional as F
 
+from autodeploy.compiler.report import align
 from autodeploy.ops.linear import linear
-from autodeploy.report import align
 
 _LAYER = [(576, 576), (192, 576), (192, 576), (576, 576), (1536, 576), (1536, 576), (576, 1536)]
 

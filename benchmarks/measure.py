@@ -14,6 +14,8 @@ from torch._inductor import compile_fx, metrics
 from torch._inductor.graph import GraphLowering
 from torch.fx.node import map_aggregate
 
+from autodeploy.graph.meta import VALUE
+
 _CALL = re.compile(r"^ +cpp_\w+\(", re.MULTILINE)
 _TORCH_CALL = re.compile(r"^ +(?:\w+ = )?(?:extern_kernels|torch\.ops)\.[\w.]+\(", re.MULTILINE)
 
@@ -76,14 +78,14 @@ def count_layout_only(graph: fx.Graph, weights: set[int]) -> tuple[int, int]:
         if name is None:
             continue
         members[node] = classes.setdefault(name, len(classes))
-        if node.op == "call_function" and not isinstance(node.meta.get("val"), torch.SymInt | int):
+        if node.op == "call_function" and not isinstance(VALUE.get(node), torch.SymInt | int):
             found.append(members[node])
     return len(found), len(set(found))
 
 
 def _name(node: fx.Node, members: Mapping[fx.Node, int]) -> str | None:
     """Equal for nodes that compute the same; None where `node` is not layout-only, or draws, writes or has effects."""
-    value = node.meta.get("val")
+    value = VALUE.get(node)
     if isinstance(value, torch.SymInt):
         return f"size {value.node.expr}"
     if node.op == "placeholder":

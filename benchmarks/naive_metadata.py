@@ -24,10 +24,10 @@ from torch import Tensor
 from workers import compare, serve, started
 
 import autodeploy as ad
-from autodeploy.backend import Result, resolve_passes
-from autodeploy.lowering import lower
+from autodeploy.compiler.apply import Result, resolve_passes
+from autodeploy.compiler.report import align
+from autodeploy.inductor.lower import lower
 from autodeploy.metadata.nest import nest_sequences
-from autodeploy.report import align
 from autodeploy.runtime.caches import allocate_caches
 
 NAIVE, SHARED = "naive", "shared"

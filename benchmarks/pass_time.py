@@ -20,8 +20,8 @@ from machine import describe_machine
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 import autodeploy as ad
-from autodeploy.graph import PREPARE
-from autodeploy.report import align
+from autodeploy.compiler.report import align
+from autodeploy.graph.edit import PREPARE
 
 _WIDTH: dict[str, Any] = {
     "vocab_size": 128,

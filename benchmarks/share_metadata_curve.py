@@ -31,9 +31,10 @@ from torch._inductor.custom_graph_pass import CustomGraphPass
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.nn.functional import scaled_dot_product_attention, silu
 
-from autodeploy import pipeline
-from autodeploy.graph import ROLE, copy_module
-from autodeploy.report import align
+from autodeploy.compiler import pipeline
+from autodeploy.compiler.report import align
+from autodeploy.graph.edit import copy_module
+from autodeploy.graph.meta import DESCRIPTION, ROLE
 from passes import ShareMetadata
 
 _PICTURE = Path(__file__).parents[1] / "docs" / "share_metadata_curve.svg"
@@ -88,7 +89,7 @@ def synthetic(num_nodes: int) -> fx.GraphModule:
     copies: dict[fx.Node, fx.Node] = {}
     for node, role in zip(inputs, ("tokens", "weight", "constant", "layout"), strict=True):
         copies[node] = graph.node_copy(node)
-        copies[node].meta[ROLE] = role
+        ROLE.set(copies[node], role)
     for node in sizes:
         copies[node] = graph.node_copy(node, lambda arg: copies[arg])
     for _ in range(max(1, num_nodes // len(body))):
@@ -147,7 +148,7 @@ def real(num_layers: int) -> fx.GraphModule:
                 raise
     assert capture.gm is not None
     for node in capture.gm.graph.find_nodes(op="placeholder"):
-        node.meta[ROLE] = roles[node.meta["desc"].idx]
+        ROLE.set(node, roles[DESCRIPTION.of(node).idx])
     return capture.gm
 
 

@@ -9,8 +9,9 @@ from __future__ import annotations
 
 from pathlib import Path
 
-import autodeploy as ad
 from autodeploy.models import load_model, resolve_model
+
+import autodeploy as ad
 
 FOLDER = Path(__file__).parent
 

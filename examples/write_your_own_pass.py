@@ -21,9 +21,9 @@ from torch.fx.node import map_arg
 from transformers import AutoModelForCausalLM, Gemma3TextConfig
 
 import autodeploy as ad
-from autodeploy.effects import is_pure
-from autodeploy.graph import get_attribute
-from autodeploy.values import record_values
+from autodeploy.graph.edit import get_attribute
+from autodeploy.graph.effects import is_pure
+from autodeploy.graph.values import record_values
 
 
 @dataclass(frozen=True)

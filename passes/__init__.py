@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-from autodeploy.pipeline import Pass
+from autodeploy.graph.edit import Pass
 from passes.canonicalize import Canonicalize
 from passes.find_attention import FindAttention
 from passes.gather_logits import GatherLogits

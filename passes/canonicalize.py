@@ -22,9 +22,10 @@ import torch
 from torch import fx
 from torch.fx.experimental.symbolic_shapes import statically_known_true, sym_eq
 
-from autodeploy.aliasing import mutated, returned
-from autodeploy.effects import is_needed
-from autodeploy.graph import get_attribute, near_miss
+from autodeploy.graph.aliasing import mutated, returned
+from autodeploy.graph.edit import get_attribute, near_miss
+from autodeploy.graph.effects import is_needed
+from autodeploy.graph.meta import VALUE
 
 aten = torch.ops.aten
 
@@ -177,7 +178,7 @@ def _forward_input(gm: fx.GraphModule, node: fx.Node) -> None:
 
 def _undoes_permutation(node: fx.Node) -> bool:
     source = node.all_input_nodes[0] if node.target in _PERMUTATIONS else None
-    if source is None or source.target not in _PERMUTATIONS or "val" not in source.meta:
+    if source is None or source.target not in _PERMUTATIONS or not VALUE.on(source):
         return False
     inner, outer = _permutation(source), _permutation(node)
     return [inner[dim] for dim in outer] == list(range(len(inner)))
@@ -193,7 +194,7 @@ def _always(gm: fx.GraphModule, node: fx.Node) -> str | None:
 
 
 def _gives_same(node: fx.Node) -> bool:
-    before, after = node.all_input_nodes[0].meta.get("val"), node.meta.get("val")
+    before, after = VALUE.get(node.all_input_nodes[0]), VALUE.get(node)
     if not isinstance(before, torch.Tensor) or not isinstance(after, torch.Tensor):
         return False
     if (before.dtype, before.device, before.layout) != (after.dtype, after.device, after.layout):
@@ -204,7 +205,7 @@ def _gives_same(node: fx.Node) -> bool:
 
 def _permutation(node: fx.Node) -> list[int]:
     """The input dimension that each output dimension of a transpose or permute is."""
-    order = list(range(node.all_input_nodes[0].meta["val"].ndim))
+    order = list(range(VALUE.of(node.all_input_nodes[0]).ndim))
     if node.target is aten.permute.default:
         return [order[dim] for dim in _argument(node, "dims")]
     first, second = (_argument(node, "dim0"), _argument(node, "dim1")) if node.target is aten.transpose.int else (0, -1)

@@ -24,12 +24,13 @@ from autodeploy.attention_forms.evaluate import Refused
 from autodeploy.attention_forms.flex import FLEX, WrittenOut, erase_idle_lists, learn_without_flex, why_not, write_out
 from autodeploy.attention_forms.match import SDPA, SOFTMAXES, Matcher
 from autodeploy.attention_forms.rewrite import rewrite
-from autodeploy.errors import NoAttentionFound, node_location
-from autodeploy.graph import near_miss, take_near_misses
-from autodeploy.ops.registry import kind_of
-from autodeploy.values import retype
+from autodeploy.errors import NoAttentionFound
+from autodeploy.graph.edit import near_miss, take_near_misses
+from autodeploy.graph.location import node_location
+from autodeploy.graph.meta import CANONICAL
+from autodeploy.graph.values import retype
+from autodeploy.ops.kinds import kind_of
 
-CANONICAL = "autodeploy_canonical"
 _HEARTS = (SDPA, *SOFTMAXES)
 _CONVOLUTION = torch.ops.aten.conv1d.default
 
@@ -68,9 +69,9 @@ class FindAttention:
             raise no_attention(gm)
         if any(heart.written for heart in hearts):
             erase_idle_lists(gm)
-        new = [node for node in canonical if CANONICAL not in node.meta]
+        new = [node for node in canonical if not CANONICAL.on(node)]
         for node in new:
-            node.meta[CANONICAL] = True
+            CANONICAL.set(node, True)
         return len(new)
 
 

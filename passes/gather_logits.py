@@ -13,9 +13,9 @@ from typing import ClassVar
 import torch
 from torch import Tensor, fx
 
-from autodeploy.graph import near_miss, placeholder, record
+from autodeploy.graph.edit import near_miss, placeholder, record
+from autodeploy.graph.values import replace_node, retype
 from autodeploy.metadata import fields
-from autodeploy.values import replace_node, retype
 
 _aten = torch.ops.aten
 # Ops that treat each row of their first argument [1, T, ...] alone, whatever their other (non-tensor) arguments.

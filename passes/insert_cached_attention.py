@@ -17,14 +17,14 @@ from typing import Any, ClassVar
 import torch
 from torch import fx
 
-from autodeploy.arguments import integer
-from autodeploy.graph import SITE, add_placeholder, near_miss, placeholder, record
+from autodeploy.graph.edit import add_placeholder, near_miss, placeholder, record
+from autodeploy.graph.meta import CACHE_SPECS, LAYOUT_SPEC, SITE
+from autodeploy.graph.values import mode_of, new_size, replace_node, retype
+from autodeploy.kernels.registry import check_backend_choice, choose_backend
 from autodeploy.metadata.layout import POOL_HINT, LayoutSpec
-from autodeploy.ops.registry import check_backend_choice, choose_backend, kind_of
+from autodeploy.ops.kinds import kind_of
 from autodeploy.ops.spec import Backend, CacheSpec, Site
-from autodeploy.values import mode_of, new_size, replace_node, retype
-
-LAYOUT_SPEC, CACHE_SPECS = "autodeploy_layout_spec", "autodeploy_cache_specs"
+from autodeploy.options import integer
 
 
 @dataclass(frozen=True)
@@ -67,7 +67,8 @@ class InsertCachedAttention:
             stale += _rewrite(gm, node, layout, site, backend, tuple(caches))
             specs += of_node
         retype(gm.graph, stale)
-        gm.meta[LAYOUT_SPEC], gm.meta[CACHE_SPECS] = spec, specs
+        LAYOUT_SPEC.set(gm, spec)
+        CACHE_SPECS.set(gm, tuple(specs))
         return len(plans)
 
     def _plan(self, nodes: list[fx.Node]) -> list[tuple[fx.Node, Site, Backend]]:
@@ -137,7 +138,7 @@ def _rewrite(
 
     result = record(node, cached, layout, num_tokens, tensors, caches)
     for user in _cached_nodes(caches):
-        user.meta[SITE] = site
+        SITE.set(user, site)
     stale = replace_node(node, result)
     gm.graph.erase_node(node)
     return stale

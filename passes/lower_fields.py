@@ -24,13 +24,13 @@ from typing import Any
 
 from torch import fx
 
-from autodeploy.effects import is_pure
-from autodeploy.equality import merge_equal
-from autodeploy.graph import PREPARE, SITE, prepare_nodes, record
-from autodeploy.metadata import fields
-from autodeploy.ops.registry import field_launcher
-from autodeploy.ops.spec import FieldLauncher, FieldRequest
-from autodeploy.values import replace_node, retype
+from autodeploy.graph.edit import PREPARE, prepare_nodes, record
+from autodeploy.graph.effects import is_pure
+from autodeploy.graph.equality import merge_equal
+from autodeploy.graph.meta import SITE
+from autodeploy.graph.values import replace_node, retype
+from autodeploy.kernels.registry import field_launcher
+from autodeploy.metadata.field import FieldLauncher, FieldRequest, is_field, of_op
 
 
 @dataclass(frozen=True)
@@ -62,12 +62,12 @@ class LowerFields:
 
 
 def _fields(prepare: fx.GraphModule) -> list[fx.Node]:
-    return [node for node in prepare.graph.nodes if fields.is_field(node.target)]
+    return [node for node in prepare.graph.nodes if is_field(node.target)]
 
 
 def _launcher(gm: fx.GraphModule) -> FieldLauncher | None:
     """What the device of the graph's caches, where the layout lies as well, has to launch fields with."""
-    sites = (node.meta[SITE] for node in gm.graph.nodes if SITE in node.meta)
+    sites = (SITE.of(node) for node in gm.graph.nodes if SITE.on(node))
     site = next(sites, None)
     return field_launcher(site.device) if site else None
 
@@ -81,7 +81,7 @@ def _can_launch(node: fx.Node, launcher: FieldLauncher | None) -> bool:
 
 def _arguments(node: fx.Node) -> dict[str, Any]:
     """The arguments of a field's formula by name, in its order."""
-    names = list(inspect.signature(fields.of_op(node.target).formula).parameters)
+    names = list(inspect.signature(of_op(node.target).formula).parameters)
     given = dict(zip(names, node.args, strict=False)) | node.kwargs
     return {name: given[name] for name in names}
 
@@ -89,12 +89,12 @@ def _arguments(node: fx.Node) -> dict[str, Any]:
 def _request(node: fx.Node) -> FieldRequest:
     arguments = _arguments(node)
     parameters = (value for name, value in arguments.items() if name not in ("layout", "num_tokens"))
-    return FieldRequest(fields.of_op(node.target).name, tuple(parameters))
+    return FieldRequest(of_op(node.target).name, tuple(parameters))
 
 
 def _expand(node: fx.Node) -> list[fx.Node]:
     """Write `node` out; returns the nodes whose values are to be made again."""
-    value = record(node, fields.of_op(node.target).formula, *_arguments(node).values())
+    value = record(node, of_op(node.target).formula, *_arguments(node).values())
     stale = replace_node(node, value)
     node.graph.erase_node(node)
     return stale

@@ -22,9 +22,10 @@ from typing import Any, ClassVar
 import torch
 from torch import fx
 
-from autodeploy.graph import get_attribute, near_miss, record
+from autodeploy.graph.edit import get_attribute, near_miss, record
+from autodeploy.graph.values import retype
+from autodeploy.kernels.registry import load_linear
 from autodeploy.ops import linear
-from autodeploy.values import retype
 
 _LINEAR = torch.ops.aten.linear.default
 
@@ -37,6 +38,7 @@ class LowerLinear:
     may_round: ClassVar[bool] = True
 
     def apply(self, gm: fx.GraphModule) -> int:
+        load_linear()
         changed: list[fx.Node] = []
         by_input: dict[fx.Node, list[fx.Node]] = {}
         for node in gm.graph.find_nodes(op="call_function", target=_LINEAR):
@@ -45,7 +47,8 @@ class LowerLinear:
                 continue
             changed.append(node)
             node.target = linear.OP
-            if len(node.args) == 2 and linear.takes_siblings(get_attribute(gm, str(node.args[1].target))):
+            provider, _ = linear.choose(get_attribute(gm, str(node.args[1].target)))
+            if len(node.args) == 2 and provider is not None and provider.takes_siblings:
                 by_input.setdefault(node.args[0], []).append(node)
         retype(gm.graph, changed)
         for nodes in by_input.values():
@@ -59,7 +62,8 @@ def check(gm: fx.GraphModule, node: fx.Node) -> str | None:
     weight = node.args[1]
     if not isinstance(weight, fx.Node) or weight.op != "get_attr":
         return "its weight is not a parameter"
-    return linear.why_not(get_attribute(gm, str(weight.target)))
+    provider, reason = linear.choose(get_attribute(gm, str(weight.target)))
+    return None if provider else reason
 
 
 def _merge(nodes: Sequence[fx.Node]) -> None:

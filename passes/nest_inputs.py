@@ -18,22 +18,15 @@ import torch
 from torch import Tensor, fx
 from torch.fx.node import map_arg
 
-from autodeploy.errors import UnsupportedFeature, node_location
-from autodeploy.graph import (
-    NEAR_MISS,
-    ROLE,
-    add_placeholder,
-    near_miss,
-    placeholder,
-    placeholders,
-    prepare_nodes,
-    record,
-)
+from autodeploy.errors import UnsupportedFeature
+from autodeploy.graph.edit import add_placeholder, near_miss, placeholder, placeholders, prepare_nodes, record
+from autodeploy.graph.location import node_location
+from autodeploy.graph.meta import NEAR_MISS, ROLE, VALUE
+from autodeploy.graph.tokens import token_flow
+from autodeploy.graph.values import new_mode, new_size, retype, use_mode
 from autodeploy.metadata import fields
 from autodeploy.metadata.layout import NUM_FIXED_COLUMNS, SIZES
-from autodeploy.mixing import token_flow
-from autodeploy.ops.registry import kind_of
-from autodeploy.values import VALUE, new_mode, new_size, retype, use_mode
+from autodeploy.ops.kinds import kind_of
 
 _SIZE = torch.ops.aten.sym_size.int
 _KNOWN_INPUTS = ("input_ids", "position_ids")
@@ -90,7 +83,7 @@ def check_tokens(gm: fx.GraphModule) -> None:
     flow = token_flow(gm, {node for node in gm.graph.nodes if kind_of(node.target) is not None})
     for node, why in flow.mixing:
         raise UnsupportedFeature(
-            f"an op outside attention that mixes tokens: it {node.meta.get(NEAR_MISS, why)}",
+            f"an op outside attention that mixes tokens: it {NEAR_MISS.get(node, why)}",
             where=node_location(node),
             fix="only softmax attention and causal convolution are cached so far",
         )
@@ -104,9 +97,11 @@ def check_tokens(gm: fx.GraphModule) -> None:
 
 def _rewrite(gm: fx.GraphModule, old: dict[str, fx.Node]) -> None:
     tokens, positions = old["input_ids"], old.get("position_ids")
-    ids, rows = _values(gm.graph, tokens.meta[VALUE].device)
+    ids, rows = _values(gm.graph, VALUE.of(tokens).device)
     layout = add_placeholder(gm, "layout", "layout", rows)
-    tokens.meta = {ROLE: "tokens", VALUE: ids}
+    tokens.meta = {}
+    ROLE.set(tokens, "tokens")
+    VALUE.set(tokens, ids)
     num_tokens = record(layout.next, _SIZE, tokens, 0)
     for node in old.values():
         _replace_sizes(node, num_tokens)

@@ -17,13 +17,14 @@ from dataclasses import dataclass
 
 from torch import fx
 
-from autodeploy.dependence import KEPT, Split, split
-from autodeploy.effects import HOST, UNBACKED
-from autodeploy.equality import merge_equal, merge_equal_numbers
-from autodeploy.graph import near_miss, prepare_nodes
-from autodeploy.memory import TOO_LARGE, too_large_to_hoist
-from autodeploy.outline import hoist_scalars, inline, needed, outline
-from autodeploy.spelling import spelled
+from autodeploy.graph.dependence import Split, split
+from autodeploy.graph.edit import near_miss, prepare_nodes
+from autodeploy.graph.effects import HOST, UNBACKED
+from autodeploy.graph.equality import merge_equal, merge_equal_numbers
+from autodeploy.graph.memory import TOO_LARGE, too_large_to_hoist
+from autodeploy.graph.meta import KEPT
+from autodeploy.graph.outline import hoist_scalars, inline, needed, outline
+from autodeploy.graph.spelling import spelled
 
 
 @dataclass(frozen=True)
@@ -74,7 +75,7 @@ def _keep_large(gm: fx.GraphModule, parts: Split) -> Split:
     """Leave where it is, merged, what would raise peak memory at the front; returns what is left to move."""
     too_large = too_large_to_hoist(gm.graph, needed(gm, parts))
     for node in too_large:
-        node.meta[KEPT] = TOO_LARGE
+        KEPT.set(node, TOO_LARGE)
     return split(gm) if too_large else parts
 
 

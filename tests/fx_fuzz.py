@@ -21,7 +21,7 @@ from torch import Tensor, fx
 from torch.fx.node import Target, map_arg
 from torch.utils import _pytree as pytree
 
-from autodeploy.graph import ROLE
+from autodeploy.graph.meta import ROLE
 
 SIZES = (4, 5)  # n of the example inputs [n, 6]
 _MAX_NUMEL = 4096
@@ -102,9 +102,10 @@ class Builder:
         self._depends: dict[fx.Node, bool] = {}  # on nothing but the layout, by productions that are pure
         for name in inputs:
             node = self.graph.placeholder(name)
-            node.meta[ROLE], make = INPUTS[name]
+            role, make = INPUTS[name]
+            ROLE.set(node, role)
             self._keep(node, [make(size, torch.Generator().manual_seed(7)) for size in SIZES])
-            self._depends[node] = node.meta[ROLE] in ("layout", "constant")
+            self._depends[node] = ROLE.of(node) in ("layout", "constant")
             self.values.append(node)
 
     def step(self, step: Step) -> bool:
@@ -148,7 +149,7 @@ class Builder:
             args = node.all_input_nodes
             clean[node] = self._depends[node] and all(clean[arg] for arg in args)
             clean[node] &= written.isdisjoint(_storages(self.example(node)))
-            is_input = node.op == "placeholder" and node.meta[ROLE] == "layout"
+            is_input = node.op == "placeholder" and ROLE.of(node) == "layout"
             reads[node] = is_input or any(reads[arg] for arg in args)
         return {
             node.name

@@ -14,7 +14,7 @@ from torch.fx.experimental.proxy_tensor import make_fx
 from torch.fx.experimental.symbolic_shapes import ShapeEnv
 from torch.utils import _pytree as pytree
 
-from autodeploy.graph import ROLE
+from autodeploy.graph.meta import ROLE
 
 MakeInputs = Callable[[int], list[Any]]
 
@@ -83,10 +83,10 @@ TRACERS = {"make_fx": with_make_fx, "aot": with_aot, "export": with_export}
 
 
 def _roles(gm: fx.GraphModule) -> list[str]:
-    return [node.meta[ROLE] for node in gm.graph.find_nodes(op="placeholder")]
+    return [ROLE.of(node) for node in gm.graph.find_nodes(op="placeholder")]
 
 
 def _give_roles(gm: fx.GraphModule, roles: list[str]) -> None:
     gm.meta.clear()  # export passes on what is known of the graph that was traced
     for node, role in zip(gm.graph.find_nodes(op="placeholder"), roles, strict=True):
-        node.meta[ROLE] = role
+        ROLE.set(node, role)

@@ -17,7 +17,7 @@ import triton.language as tl
 from triton.runtime.interpreter import InterpretedFunction, InterpreterBuilder, _patch_lang
 from triton.runtime.jit import JITFunction
 
-from autodeploy.kernels import triton_support
+from autodeploy.kernels import support
 
 
 def _run(kernel: JITFunction, *args: Any, **kwargs: Any) -> None:
@@ -45,13 +45,13 @@ def interpreted() -> Iterator[None]:
     """
     # The interpreter's own calls of helpers patch the language without ever undoing it.
     scope = _patch_lang(SimpleNamespace(__globals__={"tl": tl, "core": tl.core}))
-    devices = triton_support.DEVICE_TYPES | {"cpu"}
+    devices = support.DEVICE_TYPES | {"cpu"}
     try:
         with (
             patch.object(JITFunction, "run", _run),
             patch.object(JITFunction, "__call__", _call),
             patch.object(InterpreterBuilder, "create_dot", _dot),
-            patch.object(triton_support, "DEVICE_TYPES", devices),
+            patch.object(support, "DEVICE_TYPES", devices),
         ):
             yield
     finally:

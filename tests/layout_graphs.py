@@ -12,7 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
-from autodeploy.graph import PREPARE, ROLE
+from autodeploy.graph.edit import PREPARE
+from autodeploy.graph.meta import ROLE
 
 aten = torch.ops.aten
 SHAPE = (4, 6)
@@ -31,7 +32,8 @@ def module(build: Build) -> fx.GraphModule:
     root.buffer = torch.nn.Buffer(example(2))
     graph = fx.Graph()
     x, layout = graph.placeholder("x"), graph.placeholder("layout")
-    x.meta[ROLE], layout.meta[ROLE] = "tokens", "layout"
+    ROLE.set(x, "tokens")
+    ROLE.set(layout, "layout")
     graph.output(build(graph, layout, x))
     return fx.GraphModule(root, graph)
 

@@ -19,7 +19,7 @@ from tiny_models import tiny
 from torch import Tensor, nn
 from traces import traced
 
-from autodeploy import pipeline
+from autodeploy.compiler import pipeline
 from autodeploy.viz.infer import infer_fates
 from autodeploy.viz.match import match
 from autodeploy.viz.provenance import Recorder

@@ -55,12 +55,12 @@ def _part(names: str, tests: str, slow: str = "") -> Part:
 _SHARING = "test_memory test_fuzz_completeness test_passes_share_metadata"
 _SLOW = "get_one_node random_graphs test_sharing_proved"
 PARTS = [
-    _part("equality", f"test_equality {_SHARING}", _SLOW),
-    _part("effects", f"test_effects {_SHARING}", _SLOW),
-    _part("aliasing", f"test_effects test_equality {_SHARING}", _SLOW),
-    _part("dependence", f"test_effects {_SHARING}", _SLOW),
-    _part("outline", _SHARING, _SLOW),
-    _part("mixing", "test_mixing test_token_sweep", "test_passes_nest_inputs"),
+    _part("graph/equality", f"test_equality {_SHARING}", _SLOW),
+    _part("graph/effects", f"test_effects {_SHARING}", _SLOW),
+    _part("graph/aliasing", f"test_effects test_equality {_SHARING}", _SLOW),
+    _part("graph/dependence", f"test_effects {_SHARING}", _SLOW),
+    _part("graph/outline", _SHARING, _SLOW),
+    _part("graph/tokens", "test_mixing test_token_sweep", "test_passes_nest_inputs"),
     _part(
         "step_cache step_files fingerprint graph_key machine",
         "test_fingerprint test_step_key test_step_cache",

@@ -11,7 +11,7 @@ from torch import fx
 from traces import traced
 from viz_graphs import Maker, aten, attention_layer, cached_layer, layers
 
-from autodeploy import pipeline
+from autodeploy.compiler import pipeline
 from autodeploy.errors import PassError
 from autodeploy.viz import GraphDiff, Recorder, Snapshot, Trace
 from autodeploy.viz.arguments import Ref

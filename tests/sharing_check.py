@@ -12,8 +12,8 @@ from sharing_program import CONSTANT_NAME, Program, build, named, refs, without_
 from torch import fx, nn
 from torch._subclasses.fake_tensor import FakeTensor
 
-from autodeploy import pipeline
-from autodeploy.graph import PREPARE
+from autodeploy.compiler import pipeline
+from autodeploy.graph.edit import PREPARE
 from passes import ShareMetadata
 
 Front = Callable[[Program, nn.Module], fx.GraphModule]

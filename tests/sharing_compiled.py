@@ -19,8 +19,8 @@ from sharing_program import Input, Program, Ref, Step, refs, resolve
 from torch import fx, nn
 from torch._dynamo.backends.common import aot_autograd
 
-from autodeploy import dynamo
-from autodeploy.aliasing import storages
+from autodeploy.graph.aliasing import storages
+from autodeploy.inductor import torch_compile as dynamo
 
 
 def interpreted(shares: bool) -> Callable[..., Any]:

@@ -13,8 +13,8 @@ from sharing_check import state_of, text
 from sharing_program import Program, build, execute, named, refs
 from torch import Tensor, fx, nn
 
-from autodeploy import pipeline
-from autodeploy.graph import NEAR_MISS
+from autodeploy.compiler import pipeline
+from autodeploy.graph.meta import NEAR_MISS
 from passes import ShareMetadata
 
 
@@ -45,7 +45,7 @@ def shortcomings(program: Program) -> list[str]:
 def _left_without_reason(program: Program, gm: fx.GraphModule, names: list[str], values: list[Any]) -> list[str]:
     """Names of the nodes outside prepare_metadata that make a tensor of the layout and of nothing that was refused."""
     outside = {node.name: node for node in gm.graph.nodes}
-    refused = {name for name, node in outside.items() if NEAR_MISS in node.meta}
+    refused = {name for name, node in outside.items() if NEAR_MISS.on(node)}
     roles = [each.role if each.role in ("layout", "constant") else None for each in program.inputs]
     depends = [None if name in refused else role for name, role in zip(names, roles, strict=False)]
     left = []

@@ -15,8 +15,8 @@ from torch import Tensor, fx
 from torch._ops import HigherOrderOperator
 from torch.utils import _pytree as pytree
 
-from autodeploy.aliasing import aliased, writes
-from autodeploy.effects import impurity
+from autodeploy.graph.aliasing import aliased, writes
+from autodeploy.graph.effects import impurity
 
 
 def lies_in(program: Program) -> list[str]:

@@ -15,10 +15,10 @@ from torch.fx.experimental.proxy_tensor import make_fx
 from torch.fx.experimental.symbolic_shapes import ShapeEnv
 from torch.fx.passes.fake_tensor_prop import FakeTensorProp
 
-from autodeploy import pipeline
-from autodeploy.aliasing import storages
-from autodeploy.equality import mark_constants
-from autodeploy.graph import ROLE
+from autodeploy.compiler import pipeline
+from autodeploy.graph.aliasing import storages
+from autodeploy.graph.equality import mark_constants
+from autodeploy.graph.meta import ROLE
 from passes import ShareMetadata
 
 
@@ -156,7 +156,7 @@ def _completed(gm: fx.GraphModule, program: Program, root: nn.Module) -> fx.Grap
     inputs = gm.graph.find_nodes(op="placeholder")
     for node, each in zip(inputs, program.inputs, strict=True):
         if program.has_roles:
-            node.meta[ROLE] = each.role
+            ROLE.set(node, each.role)
     return gm
 
 

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
-from autodeploy.graph import CONSTANT, ROLE
+from autodeploy.graph.meta import CONSTANT, ROLE
 
 CONSTANT_NAME = "_tensor_constant"  # tracers call literals so
 
@@ -175,7 +175,7 @@ def build(program: Program, root: nn.Module | dict[str, Any]) -> fx.GraphModule:
 def add_node(graph: fx.Graph, step: Step, nodes: list[Any]) -> fx.Node:
     node = graph.create_node(_OPS[step.kind], step.target, resolve(step.args, nodes), resolve(step.kwargs, nodes))
     if step.kind == "attribute" and step.target.startswith(CONSTANT_NAME):
-        node.meta[CONSTANT] = True
+        CONSTANT.set(node, True)
     return node
 
 

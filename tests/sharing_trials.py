@@ -23,7 +23,7 @@ from sharing_generate import generate
 from sharing_program import Program, Step, spell
 from sharing_sweep import calls, op_db, programs
 
-from autodeploy import memory
+from autodeploy.graph import memory
 
 # How many of a thousand programs go through each front end: they differ a hundredfold in price.
 SHARES = {

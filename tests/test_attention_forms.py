@@ -11,6 +11,8 @@ from attention_graphs import HEAD_DIM, HEADS, KV_HEADS, Form, export, reduced, t
 from torch import Tensor
 from torch.nn import functional as F
 
+from autodeploy.graph.meta import VALUE
+
 TOLERANCE = 1e-5  # float32, values of size one: another order of summation, scales applied at another place
 LOWEST = torch.finfo(torch.float32).min
 SCALE = HEAD_DIM**-0.5
@@ -176,7 +178,7 @@ def test_form(form: Form, asked: dict[str, Any], num_kv_heads: int, has_bias: bo
     node = reduced(gm)
     torch.testing.assert_close(gm(*inputs), before, atol=TOLERANCE, rtol=0)
     assert {name: node.kwargs[name] for name in PLAIN} == pytest.approx(PLAIN | asked)
-    assert node.args[1].meta["val"].shape[1] == num_kv_heads  # type: ignore[union-attr]
+    assert VALUE.of(node.args[1]).shape[1] == num_kv_heads  # type: ignore[union-attr]
     assert (node.args[4] is not None) == has_bias
     assert (node.args[3] is not None) == (form is with_sinks)
 

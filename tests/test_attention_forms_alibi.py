@@ -11,7 +11,8 @@ from torch import Tensor, fx
 from transformers import AutoConfig, AutoModelForCausalLM
 
 import autodeploy as ad
-from autodeploy.graph import get_attribute
+from autodeploy.graph.edit import get_attribute
+from autodeploy.graph.meta import VALUE
 from autodeploy.trace.aten import from_export
 
 TOLERANCE = 1e-5  # float32, values of size one
@@ -80,7 +81,7 @@ def test_becomes_slopes(bias: Bias, window: int) -> None:
     node, gm = found(bias, window=window)
     slopes = node.kwargs["alibi_slopes"]
     assert isinstance(slopes, fx.Node)
-    assert slopes.meta["val"].shape == (HEADS,)
+    assert VALUE.of(slopes).shape == (HEADS,)
     torch.testing.assert_close(get_attribute(gm, str(slopes.target)), SLOPES)
     assert node.args[4] is None
 

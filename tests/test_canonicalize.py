@@ -11,7 +11,8 @@ from test_trace import canonical_nodes
 from tiny_models import MODEL_TYPES, tiny, tokens
 from torch import Tensor, fx
 
-from autodeploy.graph import take_near_misses
+from autodeploy.graph.edit import take_near_misses
+from autodeploy.graph.meta import VALUE
 from autodeploy.trace import trace
 from passes.canonicalize import Canonicalize
 
@@ -100,7 +101,7 @@ def test_drops_contiguous_of_what_is_contiguous() -> None:
     (product,) = gm.graph.find_nodes(op="call_function", target=aten.mul.Tensor)
     with gm.graph.inserting_after(product):
         copy = gm.graph.call_function(aten.contiguous.default, (product,))
-    copy.meta["val"] = product.meta["val"].contiguous()
+    VALUE.set(copy, VALUE.of(product).contiguous())
     gm.graph.output_node().replace_input_with(product, copy)
     assert canonicalize(gm) == 1
 

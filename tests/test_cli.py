@@ -12,11 +12,11 @@ from typing import Any
 import pytest
 import torch
 
-from autodeploy import llm as llm_module
-from autodeploy.cli import main, parse_backend
+from autodeploy.app import llm as llm_module
+from autodeploy.app.cli import main, parse_backend
 from autodeploy.errors import OptionError, RequestFailed
-from autodeploy.metadata.fields import catalogue
-from autodeploy.ops.registry import backends, kinds
+from autodeploy.kernels.registry import backends, catalogue
+from autodeploy.ops.kinds import kinds
 from passes import default
 
 

@@ -10,8 +10,8 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from autodeploy.demo import _convert
-from autodeploy.models import load_model
+from autodeploy.app.demo import _convert
+from autodeploy.app.models import load_model
 
 TOKENS = ["<|endoftext|>", "<|im_start|>", "<|im_end|>", "a", "b", "ab", "Ċ", "Ġ"]
 VOCAB, HIDDEN, KEYS, INNER = len(TOKENS), 64, 32, 128

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import ByT5Tokenizer, PreTrainedTokenizerFast
 
-from autodeploy.demo import demo_model
+from autodeploy.app.demo import demo_model
 from autodeploy.errors import DownloadError
 from autodeploy.options import from_environment
 from autodeploy.runtime.detokenizer import Decoder, Detokenizer

@@ -27,11 +27,12 @@ from torch._dynamo.utils import counters
 from torch._inductor import config as inductor_config
 from torch._inductor.custom_graph_pass import CustomGraphPass
 
-from autodeploy import dynamo
-from autodeploy.doctor import doctor_lines
-from autodeploy.graph import ROLE, placeholders
-from autodeploy.pipeline import Counts, NearMiss, PassRecord
-from autodeploy.report import Ledger, Report
+from autodeploy.app.doctor import doctor_lines
+from autodeploy.compiler.pipeline import Counts, NearMiss, PassRecord
+from autodeploy.compiler.report import Ledger, Report
+from autodeploy.graph.edit import placeholders
+from autodeploy.graph.meta import ROLE, VALUE
+from autodeploy.inductor import torch_compile as dynamo
 
 # Inductor's own imports use a deprecated part of torch.
 pytestmark = pytest.mark.filterwarnings("ignore:`torch.jit.script_method` is deprecated:DeprecationWarning")
@@ -347,8 +348,8 @@ class ReadRoles:
 
     def apply(self, gm: fx.GraphModule) -> int:
         for node in placeholders(gm):
-            value = node.meta["val"]
-            self.roles[value.ndim if isinstance(value, Tensor) else -1] = node.meta[ROLE]
+            value = VALUE.of(node)
+            self.roles[value.ndim if isinstance(value, Tensor) else -1] = ROLE.of(node)
         return 0
 
 
@@ -394,7 +395,7 @@ CLEAN_PROCESS = textwrap.dedent(
             assert torch.equal(torch.compile(masked, backend=backend)(x), masked(x))
         hits.append([counters["aot_autograd"][f"autograd_cache_{what}"] for what in ("hit", "miss")])
     assert "transformers" not in sys.modules  # it takes longer to import than all of ours
-    from autodeploy import dynamo
+    from autodeploy.inductor import torch_compile as dynamo
     print(json.dumps([hits, str(dynamo.last_report())]))
     """
 )

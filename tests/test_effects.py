@@ -13,9 +13,9 @@ import torch
 from torch import fx
 from torch.nn import functional as F
 
-from autodeploy.aliasing import aliased, mutated, returned, writes
-from autodeploy.dependence import find_scalars
-from autodeploy.effects import (
+from autodeploy.graph.aliasing import aliased, mutated, returned, writes
+from autodeploy.graph.dependence import find_scalars
+from autodeploy.graph.effects import (
     EFFECTS,
     HOST,
     RANDOM,
@@ -27,7 +27,7 @@ from autodeploy.effects import (
     impurity,
     is_needed,
 )
-from autodeploy.graph import CONSTANT, ROLE
+from autodeploy.graph.meta import CONSTANT, ROLE
 
 aten = torch.ops.aten
 Make = Callable[[fx.Graph, fx.Node], fx.Node]
@@ -228,7 +228,7 @@ def test_functions_written_in_python_that_only_compute(target: Callable[..., Any
 def test_a_size_is_no_number_where_any_of_what_it_is_measured_of_changes_size() -> None:
     x, y = inputs(torch.zeros(2), torch.zeros(2))
     for node in (x, y):
-        node.meta[ROLE] = "tokens"
+        ROLE.set(node, "tokens")
     number = x.graph.call_method("size", (y, 0))
     size = x.graph.call_method("size", (x, number))
     x.graph.call_method("t_", (x,))
@@ -293,7 +293,7 @@ def test_a_module_writes_to_its_tensors_under_any_name(leaf: torch.nn.Module) ->
     root.other = torch.nn.Buffer(torch.zeros(2))
     graph = fx.Graph()
     x = graph.placeholder("x")
-    x.meta[ROLE] = "tokens"
+    ROLE.set(x, "tokens")
     graph.call_module("leaf", (x,))
     graph.output([graph.create_node("get_attr", name) for name in ("alias", "other")])
     gm = fx.GraphModule(root, graph)
@@ -342,7 +342,7 @@ def test_an_input_without_a_role_may_be_an_attribute() -> None:
     for name, dtype in [("same", torch.float32), ("other", torch.int64), ("made", torch.float32)]:
         root.register_buffer(name, torch.zeros(2, dtype=dtype))
     same, other, made = (graph.create_node("get_attr", name) for name in ("same", "other", "made"))
-    made.meta[CONSTANT] = True
+    CONSTANT.set(made, True)
     graph.output((graph.call_method("add_", (written, 1)), same, other, made))
     gm = fx.GraphModule(root, graph)
     found = mutated(gm.graph).values
@@ -383,7 +383,7 @@ def test_inputs_may_be_one_another() -> None:
     written.graph.output(written.graph.call_method("add_", (written, 1)))
     assert mutated(written.graph).values >= {written, same, unknown}
     assert other not in mutated(written.graph).values
-    same.meta[ROLE] = "layout"
+    ROLE.set(same, "layout")
     assert same not in mutated(written.graph).values
 
 
@@ -401,7 +401,7 @@ def test_numbers_are_written_to_by_operators_alone() -> None:
 def test_what_is_made_to_share_storage_does(target: Callable[..., Any]) -> None:
     x, y = inputs(torch.zeros(2), torch.zeros(2))
     for node in (x, y):
-        node.meta[ROLE] = "tokens"
+        ROLE.set(node, "tokens")
     x.graph.call_function(target, (x, y))
     x.graph.output(())
     assert mutated(x.graph).values >= {x, y}

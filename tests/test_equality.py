@@ -12,9 +12,10 @@ from torch import Tensor, fx
 from torch.export import Dim
 from torch.nn import functional as F
 
-from autodeploy.aliasing import storages
-from autodeploy.equality import mark_constants, merge_equal, merge_equal_numbers, value_key
-from autodeploy.spelling import recorded_value
+from autodeploy.graph.aliasing import storages
+from autodeploy.graph.equality import mark_constants, merge_equal, merge_equal_numbers, value_key
+from autodeploy.graph.meta import VALUE
+from autodeploy.graph.spelling import recorded_value
 
 aten = torch.ops.aten
 
@@ -109,12 +110,12 @@ def test_equal_sizes_are_read_from_the_first() -> None:
 
 def test_equal_conditions_are_read_from_the_first() -> None:
     gm = exported(lambda x, y: (x.sum(), y * 2))
-    (size,) = (node.meta["val"].shape[0] for node in gm.graph.find_nodes(op="placeholder")[:1])
+    (size,) = (VALUE.of(node).shape[0] for node in gm.graph.find_nodes(op="placeholder")[:1])
     graph = fx.Graph()
     length = graph.placeholder("length")
     conditions = [graph.call_function(operator.eq, (length, 7)) for _ in range(2)]
     for node in conditions:
-        node.meta["val"] = size == 7
+        VALUE.set(node, size == 7)
     graph.output(tuple(conditions))
     assert merge_equal_numbers(conditions) == 1
     assert graph.output_node().all_input_nodes == conditions[:1]

@@ -13,7 +13,9 @@ from hypothesis import strategies as st
 from ragged import Batch, Row, make_batch
 
 from autodeploy.errors import OptionError, UnknownName
+from autodeploy.kernels.registry import catalogue, field_named
 from autodeploy.metadata import fields
+from autodeploy.metadata.field import num_ops
 
 ORACLES: dict[str, Callable[..., list]] = {}
 PARAMETERS = {"window": 5, "kernel_size": 4, "num_kv_heads": 3, "block_size": 4}
@@ -271,7 +273,7 @@ def compute(entry: fields.Field, batch: Batch, group: int) -> torch.Tensor:
     return entry.op(*arguments(entry.formula, batch, group).values())
 
 
-@pytest.mark.parametrize("entry", fields.catalogue(), ids=lambda entry: entry.name)
+@pytest.mark.parametrize("entry", catalogue(), ids=lambda entry: entry.name)
 @settings(max_examples=60, deadline=None)
 @given(batch=batches(), data=st.data())
 def test_field_is_its_oracle(entry: fields.Field, batch: Batch, data: st.DataObject) -> None:
@@ -300,7 +302,7 @@ def test_equal_forms(batch: Batch) -> None:
 
 @pytest.mark.filterwarnings("ignore:`torch.jit.script_method`:DeprecationWarning")  # torch's own, on import
 def test_fields_compile() -> None:
-    parameters = {entry: list(inspect.signature(entry.formula).parameters) for entry in fields.catalogue()}
+    parameters = {entry: list(inspect.signature(entry.formula).parameters) for entry in catalogue()}
 
     def everything(layout: torch.Tensor, num_tokens: int) -> list[torch.Tensor]:
         known = {"layout": layout, "num_tokens": num_tokens, "group": 1, "num_groups": 2, "page_size": 4, **PARAMETERS}
@@ -316,7 +318,7 @@ def test_fields_compile() -> None:
 
 def test_unknown_field_names_the_known_ones() -> None:
     with pytest.raises(UnknownName, match="did you mean 'seq_lens'"):
-        fields.get("seqlens")
+        field_named("seqlens")
 
 
 def test_a_name_is_registered_once() -> None:
@@ -328,4 +330,4 @@ def test_a_name_is_registered_once() -> None:
 
 
 def test_each_field_costs_some_ops() -> None:
-    assert all(fields.num_ops(entry.op) >= 1 for entry in fields.catalogue())
+    assert all(num_ops(entry.op) >= 1 for entry in catalogue())

@@ -12,7 +12,7 @@ import pytest
 import torch
 from torch import nn
 
-from autodeploy.fingerprint import Fingerprint, NotHashable
+from autodeploy.inductor.fingerprint import Fingerprint, NotHashable
 
 FACTOR = 3.0
 

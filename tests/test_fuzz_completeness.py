@@ -16,8 +16,9 @@ import torch
 from fx_fuzz_root import make_root, ops
 from torch import Tensor, fx
 
-from autodeploy import pipeline
-from autodeploy.graph import CONSTANT, PREPARE, ROLE, prepare_nodes
+from autodeploy.compiler import pipeline
+from autodeploy.graph.edit import PREPARE, prepare_nodes
+from autodeploy.graph.meta import CONSTANT, ROLE
 from passes import ShareMetadata
 
 aten, hop = torch.ops.aten, torch.ops.higher_order
@@ -53,7 +54,7 @@ def _plus_attribute(name: str) -> Spelling:
 
 def _constant(graph: fx.Graph, name: str) -> fx.Node:
     node = graph.get_attr(name)
-    node.meta[CONSTANT] = True
+    CONSTANT.set(node, True)
     return node
 
 
@@ -133,7 +134,8 @@ def mixed_module(copies: list[Recipe], rng: random.Random) -> fx.GraphModule:
     """x plus the value of each of `copies`, whose steps are written in any order that keeps each chain's own."""
     graph = fx.Graph()
     x, layout = graph.placeholder("x"), graph.placeholder("layout")
-    x.meta[ROLE], layout.meta[ROLE] = "tokens", "layout"
+    ROLE.set(x, "tokens")
+    ROLE.set(layout, "layout")
     values, turns = [layout] * len(copies), [index for index, copy in enumerate(copies) for _ in copy]
     done = [0] * len(copies)
     rng.shuffle(turns)

@@ -26,8 +26,9 @@ from torch import Tensor, fx
 from torch.utils import _pytree as pytree
 from traces import text
 
-from autodeploy import pipeline
-from autodeploy.graph import NEAR_MISS, copy_module
+from autodeploy.compiler import pipeline
+from autodeploy.graph.edit import copy_module
+from autodeploy.graph.meta import NEAR_MISS
 from passes import ShareMetadata
 
 
@@ -111,7 +112,7 @@ def _left_without_reason(gm: fx.GraphModule) -> set[str]:
     """Names of the calls outside prepare_metadata that read nothing which the pass said why it left."""
     refused: set[fx.Node] = set()
     for node in gm.graph.nodes:
-        if NEAR_MISS in node.meta or not refused.isdisjoint(node.all_input_nodes):
+        if NEAR_MISS.on(node) or not refused.isdisjoint(node.all_input_nodes):
             refused.add(node)
     return {node.name for node in gm.graph.nodes if node.op[:4] == "call" and node not in refused}
 

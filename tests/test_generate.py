@@ -16,8 +16,8 @@ from torch._dynamo.utils import counters
 from transformers import GenerationConfig
 
 import autodeploy as ad
+from autodeploy.app.models import load_model, resolve_model
 from autodeploy.errors import DownloadError
-from autodeploy.models import load_model, resolve_model
 
 # Inductor loads a module of torch's that warns about torch's own.
 pytestmark = pytest.mark.filterwarnings("ignore:.*torch.jit.script_method.*:DeprecationWarning")

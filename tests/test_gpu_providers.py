@@ -12,7 +12,7 @@ from test_kernels import BATCHES, attention_site, check, conv_site, make_caches,
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from autodeploy.errors import UnsupportedFeature
-from autodeploy.ops.registry import backends
+from autodeploy.kernels.registry import backends
 from autodeploy.ops.spec import Backend, Site
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")

@@ -5,7 +5,8 @@ from __future__ import annotations
 from torch import fx, nn
 
 from autodeploy.attention_forms.evaluate import Evaluator
-from autodeploy.graph import LOOKED_AT, copy_module, look_at
+from autodeploy.graph.edit import copy_module, look_at
+from autodeploy.graph.meta import LOOKED_AT
 
 
 def test_what_was_looked_at_in_a_copy_is_noted_there_alone() -> None:
@@ -13,7 +14,7 @@ def test_what_was_looked_at_in_a_copy_is_noted_there_alone() -> None:
     look_at(gm, "weight")
     copy = copy_module(gm)
     look_at(copy, "bias")
-    assert (gm.meta[LOOKED_AT], copy.meta[LOOKED_AT]) == ({"weight"}, {"weight", "bias"})
+    assert (LOOKED_AT.of(gm), LOOKED_AT.of(copy)) == ({"weight"}, {"weight", "bias"})
 
 
 def test_whatever_is_evaluated_is_noted() -> None:
@@ -21,4 +22,4 @@ def test_whatever_is_evaluated_is_noted() -> None:
     evaluate = Evaluator(gm, {})
     for node in gm.graph.find_nodes(op="get_attr"):
         evaluate(node)
-    assert gm.meta[LOOKED_AT] == {"weight", "bias"}
+    assert LOOKED_AT.of(gm) == {"weight", "bias"}

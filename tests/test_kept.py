@@ -12,9 +12,9 @@ from torch._inductor.utils import run_and_get_code
 from traces import traced
 
 import autodeploy as ad
-from autodeploy.graph import PREPARE
-from autodeploy.kept import KEEP, keep_metadata
-from autodeploy.lowering import lower
+from autodeploy.graph.edit import PREPARE
+from autodeploy.inductor.keep import KEEP, keep_metadata
+from autodeploy.inductor.lower import lower
 
 
 @pytest.mark.filterwarnings("ignore:`torch.jit.script_method`:DeprecationWarning")  # torch's own, on import

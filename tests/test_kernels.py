@@ -14,8 +14,8 @@ from torch._inductor.utils import run_and_get_code
 from torch.fx.proxy import GraphAppendingTracer, Proxy
 from torch.utils._pytree import tree_map
 
+from autodeploy.kernels.registry import backends
 from autodeploy.ops import attention, causal_conv1d
-from autodeploy.ops.registry import backends
 from autodeploy.ops.spec import Backend, Site
 
 NAN = float("nan")

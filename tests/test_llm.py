@@ -21,7 +21,7 @@ from torch._dynamo.utils import counters
 
 import autodeploy as ad
 from autodeploy.errors import AutodeployError, OptionError, RequestTooLong, UnknownName, UnsupportedFeature
-from autodeploy.pipeline import Pass
+from autodeploy.graph.edit import Pass
 from autodeploy.runtime.engine import Engine
 from passes import default
 

@@ -13,8 +13,10 @@ from torch import Tensor
 from torch.nn import functional as F
 from transformers import masking_utils
 
-from autodeploy import graph
 from autodeploy.errors import NoAttentionFound
+from autodeploy.graph import meta
+from autodeploy.graph.edit import get_attribute
+from autodeploy.graph.meta import LOOKED_AT
 from autodeploy.trace.mask import Mask, read_mask
 from passes import FindAttention
 
@@ -92,8 +94,8 @@ def test_what_shows_far_away(form: Form, window: int | str) -> None:
 def test_a_value_that_was_looked_at_is_noted() -> None:
     gm = export(window_in_a_tensor, tensors(3, 7))
     FindAttention().apply(gm)
-    (name,) = gm.meta[graph.LOOKED_AT]
-    assert graph.get_attribute(gm, name) == WINDOW
+    (name,) = LOOKED_AT.of(gm)
+    assert get_attribute(gm, name) == WINDOW
 
 
 @pytest.mark.parametrize("num_positions", [1000, 1 << 20])
@@ -105,7 +107,7 @@ def test_a_mask_is_asked_up_to_the_models_largest_position(num_positions: int) -
         return attention(q, k, v, causal(q.shape[2]) & ((index[:, None] != 654_321) | (index != 7)))
 
     gm = export(form, tensors(3, 7))
-    gm.meta[graph.NUM_POSITIONS] = num_positions
+    meta.NUM_POSITIONS.set(gm, num_positions)
     FindAttention().apply(gm)
     (node,) = gm.graph.find_nodes(op="call_function", target=ATTENTION)
     assert node.kwargs["causal"] == (num_positions == 1000)

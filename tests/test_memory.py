@@ -6,10 +6,11 @@ import pytest
 import torch
 from torch import Tensor, fx
 
-from autodeploy import pipeline
-from autodeploy.dependence import KEPT, split
-from autodeploy.graph import PREPARE, prepare_nodes
-from autodeploy.memory import PEAK_BYTES, too_large_to_hoist
+from autodeploy.compiler import pipeline
+from autodeploy.graph.dependence import split
+from autodeploy.graph.edit import PREPARE, prepare_nodes
+from autodeploy.graph.memory import PEAK_BYTES, too_large_to_hoist
+from autodeploy.graph.meta import KEPT, VALUE
 from passes import ShareMetadata
 
 aten = torch.ops.aten
@@ -53,7 +54,7 @@ def test_many_large_masks_stay_and_what_they_are_made_of_is_shared() -> None:
     gm = graph_of([8 * layer for layer in range(1, 9)])
     record = share(gm)
     assert any("peak memory" in miss.reason for miss in record.near_misses)
-    kept = [node for node in gm.graph.nodes if KEPT in node.meta]
+    kept = [node for node in gm.graph.nodes if KEPT.on(node)]
     assert len(kept) >= 8
     assert len(prepare_nodes(gm)) == 1
     inner = getattr(gm, PREPARE).graph
@@ -70,7 +71,7 @@ def test_a_mask_that_all_layers_share_is_kept_from_the_start() -> None:
 def test_small_values_are_not_even_weighed() -> None:
     gm = graph_of([8, 16])
     parts = split(gm)
-    small = [node for node in parts.metadata if node.meta["val"].numel() * 8 <= PEAK_BYTES]
+    small = [node for node in parts.metadata if VALUE.of(node).numel() * 8 <= PEAK_BYTES]
     assert too_large_to_hoist(gm.graph, small) == []
 
 
@@ -79,5 +80,5 @@ def test_without_shapes_everything_is_shared(num_layers: int) -> None:
     gm = graph_of([8 * layer for layer in range(1, num_layers + 1)])
     for node in gm.graph.nodes:
         if node.op != "placeholder":
-            node.meta.pop("val", None)
+            VALUE.take(node)
     assert share(gm).near_misses == ()

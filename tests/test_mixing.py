@@ -12,8 +12,9 @@ from torch._higher_order_ops.scan import scan
 from torch.nn import functional as F
 
 from autodeploy.errors import UnsupportedFeature
-from autodeploy.mixing import Carries, token_flow
-from autodeploy.ops.attention import attention
+from autodeploy.graph.meta import VALUE
+from autodeploy.graph.tokens import Carries, token_flow
+from autodeploy.ops.kinds.attention import attention
 from passes import FindAttention, NestInputs
 from passes.canonicalize import Canonicalize
 
@@ -262,7 +263,7 @@ def test_a_graph_of_fixed_sizes_is_refused(dims: dict[int, object]) -> None:
 def test_positions_of_a_fixed_length_are_refused_where_they_are_read(body: Body, is_read: bool) -> None:
     gm = traced(body)
     (positions,) = (node for node in gm.graph.find_nodes(op="placeholder") if node.name == "position_ids")
-    positions.meta["val"] = torch.zeros(3, 12, dtype=torch.int64)
+    VALUE.set(positions, torch.zeros(3, 12, dtype=torch.int64))
     with pytest.raises(UnsupportedFeature, match="a graph of fixed sizes") if is_read else nullcontext():
         token_flow(gm, ())
 
@@ -273,6 +274,6 @@ def test_a_node_without_a_recorded_value_is_refused(case: str) -> None:
     FindAttention().apply(gm)
     for node in gm.graph.nodes:
         if case in str(node.target):
-            del node.meta["val"]
+            VALUE.take(node)
     with pytest.raises(UnsupportedFeature, match="has no recorded value and cannot be judged"):
         NestInputs().apply(gm)

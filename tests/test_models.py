@@ -9,9 +9,9 @@ import pytest
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from autodeploy import demo
+from autodeploy.app import demo
+from autodeploy.app.models import load_model, resolve_model
 from autodeploy.errors import DownloadError, MissingDependency, ModelNotFound
-from autodeploy.models import load_model, resolve_model
 
 
 @pytest.fixture

@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from autodeploy.errors import LayoutError
-from autodeploy.metadata import fields
+from autodeploy.kernels.registry import field_named
 from autodeploy.metadata.layout import QUERY_LEN, LayoutSpec
 from autodeploy.metadata.nest import Arena, nest_sequences
 
@@ -89,9 +89,9 @@ def test_fields_of_a_nested_batch_equal_the_naive_loops(case: tuple[LayoutSpec, 
     for name, expected in naive_fields(spec, batch).items():
         if name.startswith("slot_mapping_"):
             group = int(name.removeprefix("slot_mapping_"))
-            actual = fields.get("slot_mapping").op(layout, num_tokens, group, spec.num_groups, spec.page_size)
+            actual = field_named("slot_mapping").op(layout, num_tokens, group, spec.num_groups, spec.page_size)
         else:
-            actual = fields.get(name).op(layout, num_tokens) if name in per_token else fields.get(name).op(layout)
+            actual = field_named(name).op(layout, num_tokens) if name in per_token else field_named(name).op(layout)
         assert actual.tolist() == expected, name
     ids = batch["token_ids"].tolist()
     assert nested.input_ids.tolist() == ids + [0] * (num_tokens - len(ids))
@@ -108,7 +108,7 @@ def test_unused_entries_and_padding_rows_name_only_scratch(case: tuple[LayoutSpe
     nested = nest_sequences(**batch, spec=spec, arena=Arena(torch.full((size,), 99, dtype=torch.int32)))
     assert not nested.layout[num_sequences:].any()
     for group, window in enumerate(spec.windows):
-        table = fields.get("block_table").op(nested.layout, group, spec.num_groups)
+        table = field_named("block_table").op(nested.layout, group, spec.num_groups)
         for row in range(num_sequences):
             new, cached = int(batch["query_lens"][row]), int(batch["context_lens"][row])
             first = 0 if window is None else max(0, cached + 1 - window) // spec.page_size
@@ -186,7 +186,7 @@ def test_as_many_tokens_as_rows_promise_a_decode_step(case: tuple[LayoutSpec, di
         assert not same or max(batch["query_lens"]) > 1
         return
     assert (layout[:, QUERY_LEN] <= 1).all()
-    rows = fields.get("token_to_seq").op(layout, num_tokens)[: len(batch["token_ids"])]
+    rows = field_named("token_to_seq").op(layout, num_tokens)[: len(batch["token_ids"])]
     assert rows.tolist() == list(range(len(rows)))
 
 

@@ -12,7 +12,8 @@ from traces import apply, before, count, text
 
 import autodeploy as ad
 from autodeploy.errors import NoAttentionFound, UnsupportedFeature
-from autodeploy.graph import take_near_misses
+from autodeploy.graph.edit import take_near_misses
+from autodeploy.graph.meta import VALUE
 from autodeploy.trace.aten import from_export
 from passes import Canonicalize, FindAttention, NestInputs
 
@@ -62,7 +63,7 @@ def test_rewrites_causal_sdpa(scale: float | None) -> None:
     assert (count(gm, ATTENTION), count(gm, SDPA)) == (1, 0)
     (node,) = gm.graph.find_nodes(op="call_function", target=ATTENTION)
     assert node.kwargs["scale"] == pytest.approx(scale or 0.5)
-    assert tuple(node.meta["val"].shape[2:]) == (2, 4)
+    assert tuple(VALUE.of(node).shape[2:]) == (2, 4)
     apply(NestInputs(), gm)
 
 
@@ -81,7 +82,7 @@ def test_attention_that_is_not_known_is_a_near_miss_and_refused_when_packed() ->
     query, key, value = node.args[:3]
     with gm.graph.inserting_after(node):
         other = gm.graph.call_function(SDPA, (query, key, value), {"dropout_p": 0.5})
-    other.meta = {**node.meta, "val": query.meta["val"]}
+    other.meta = {**node.meta, "val": VALUE.of(query)}
     user = next(iter(node.users))
     with gm.graph.inserting_before(user):
         back = gm.graph.call_function(torch.ops.aten.transpose.int, (other, 1, 2))

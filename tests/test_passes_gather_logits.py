@@ -7,9 +7,9 @@ import torch
 from tiny_models import MODEL_TYPES
 from traces import apply, before, count, text
 
-from autodeploy.graph import take_near_misses
+from autodeploy.graph.edit import take_near_misses
+from autodeploy.graph.values import record_values
 from autodeploy.metadata import fields
-from autodeploy.values import record_values
 from passes import GatherLogits
 
 aten = torch.ops.aten

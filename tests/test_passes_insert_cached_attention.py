@@ -6,12 +6,12 @@ import pytest
 from tiny_models import MODEL_TYPES, WINDOW
 from traces import apply, before, text
 
-from autodeploy.dependence import split
 from autodeploy.errors import OptionError, UnknownName
-from autodeploy.graph import SITE, placeholders, take_near_misses
-from autodeploy.ops.registry import kind_of
+from autodeploy.graph.dependence import split
+from autodeploy.graph.edit import placeholders, take_near_misses
+from autodeploy.graph.meta import CACHE_SPECS, LAYOUT_SPEC, SITE
+from autodeploy.ops.kinds import kind_of
 from passes import InsertCachedAttention
-from passes.insert_cached_attention import CACHE_SPECS, LAYOUT_SPEC
 
 NUM_LAYERS = 4
 
@@ -22,8 +22,8 @@ def test_every_layer_gets_its_caches(model_type: str, backend: str) -> None:
     gm = before("insert_cached_attention", model_type)
     assert apply(InsertCachedAttention(backend), gm) == NUM_LAYERS
     assert not [node for node in gm.graph.nodes if kind_of(node.target) is not None]
-    assert [node.name for node in placeholders(gm, "cache")] == [spec.name for spec in gm.meta[CACHE_SPECS]]
-    assert len({node.meta[SITE].path for node in gm.graph.nodes if SITE in node.meta}) == NUM_LAYERS
+    assert [node.name for node in placeholders(gm, "cache")] == [spec.name for spec in CACHE_SPECS.of(gm)]
+    assert len({SITE.of(node).path for node in gm.graph.nodes if SITE.on(node)}) == NUM_LAYERS
 
 
 @pytest.mark.parametrize(
@@ -38,9 +38,9 @@ def test_every_layer_gets_its_caches(model_type: str, backend: str) -> None:
 def test_layers_of_one_window_share_a_group(model_type: str, windows: tuple[int | None, ...], has_state: bool) -> None:
     gm = before("insert_cached_attention", model_type)
     InsertCachedAttention(page_size=8).apply(gm)
-    spec = gm.meta[LAYOUT_SPEC]
+    spec = LAYOUT_SPEC.of(gm)
     assert (spec.page_size, spec.windows, spec.has_state) == (8, windows, has_state)
-    paged = [node.meta[SITE] for node in gm.graph.nodes if SITE in node.meta and node.meta[SITE].kind == "attention"]
+    paged = [SITE.of(node) for node in gm.graph.nodes if SITE.on(node) and SITE.of(node).kind == "attention"]
     assert all(spec.windows[site.group] == site.window for site in paged)
 
 

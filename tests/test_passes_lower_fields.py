@@ -9,14 +9,16 @@ from tiny_models import MODEL_TYPES
 from torch import fx
 from traces import apply, before, count, traced
 
-from autodeploy import pipeline
-from autodeploy.graph import PREPARE
+from autodeploy.compiler import pipeline
+from autodeploy.graph.edit import PREPARE
+from autodeploy.kernels.registry import field_named
 from autodeploy.metadata import fields
+from autodeploy.metadata.field import is_field
 from passes import LowerFields, default
 
 
 def waiting(gm: fx.GraphModule) -> int:
-    return sum(fields.is_field(node.target) for node in getattr(gm, PREPARE).graph.nodes)
+    return sum(is_field(node.target) for node in getattr(gm, PREPARE).graph.nodes)
 
 
 @pytest.mark.parametrize("model_type", MODEL_TYPES)
@@ -62,7 +64,7 @@ def test_what_a_launch_does_not_know_is_written_out_beside_it() -> None:
     with interpreted():
         gm, steps = traced("lfm2"), default({"conv": "torch_conv1d"})
         pipeline.run(gm, steps[: [step.name for step in steps].index("lower_fields")])
-        assert getattr(gm, PREPARE).graph.find_nodes(op="call_function", target=fields.get("conv_window_indices").op)
+        assert getattr(gm, PREPARE).graph.find_nodes(op="call_function", target=field_named("conv_window_indices").op)
         apply(LowerFields(), gm)
     assert waiting(gm) == 0
     assert launches(gm) == 1

@@ -8,7 +8,7 @@ from interpreter import triton_device as triton_device
 from torch import fx, nn
 from torch.nn import functional as F
 
-from autodeploy.graph import take_near_misses
+from autodeploy.graph.edit import take_near_misses
 from autodeploy.ops.linear import OP, SIBLINGS_OP
 from passes import LowerLinear
 

@@ -8,7 +8,8 @@ from tiny_models import MODEL_TYPES
 from traces import apply, before, count, text
 
 from autodeploy.errors import UnsupportedFeature
-from autodeploy.graph import ROLE, placeholder, placeholders, take_near_misses
+from autodeploy.graph.edit import placeholder, placeholders, take_near_misses
+from autodeploy.graph.meta import ROLE
 from autodeploy.metadata import fields
 from passes import NestInputs
 
@@ -19,7 +20,7 @@ ATTENTION = torch.ops.autodeploy.attention.default
 def test_packs_the_inputs(model_type: str) -> None:
     gm = before("nest_inputs", model_type)
     assert apply(NestInputs(), gm) == 1
-    assert [(node.name, node.meta[ROLE]) for node in placeholders(gm)] == [
+    assert [(node.name, ROLE.of(node)) for node in placeholders(gm)] == [
         ("input_ids", "tokens"),
         ("layout", "layout"),
     ]

@@ -13,11 +13,11 @@ from tiny_models import MODEL_TYPES, tokens
 from torch import fx, nn
 from traces import apply, before, text
 
-from autodeploy import pipeline
-from autodeploy.dependence import input_roles, split
+from autodeploy.compiler import pipeline
 from autodeploy.errors import UnsupportedFeature
-from autodeploy.graph import CONSTANT, PREPARE, ROLE, prepare_nodes
-from autodeploy.values import VALUE
+from autodeploy.graph.dependence import input_roles, split
+from autodeploy.graph.edit import PREPARE, prepare_nodes
+from autodeploy.graph.meta import CONSTANT, ROLE, VALUE
 from passes import NestInputs, ShareMetadata
 
 aten = torch.ops.aten
@@ -237,7 +237,7 @@ def test_what_is_made_of_sizes_is_absorbed_later() -> None:
 def test_values_may_be_recorded_of_some_nodes_only() -> None:
     def build(graph: fx.Graph, layout: fx.Node, x: fx.Node) -> tuple[fx.Node, ...]:
         made = [call(op, layout) for op in (aten.neg.default, aten.abs.default)]
-        made[0].meta[VALUE] = example(4)
+        VALUE.set(made[0], example(4))
         return tuple(call(aten.add.Tensor, x, node) for node in made)
 
     assert share(module(build)) == ["neg", "abs"]
@@ -330,9 +330,10 @@ def test_constants_that_may_reach_the_caller_stay_two_the_second_time() -> None:
     root.one, root.same = torch.nn.Buffer(torch.ones(4, 6)), torch.nn.Buffer(torch.ones(4, 6))
     graph = fx.Graph()
     layout = graph.placeholder("layout")
-    layout.meta[ROLE] = "layout"
+    ROLE.set(layout, "layout")
     same, one = graph.create_node("get_attr", "same"), graph.create_node("get_attr", "one")
-    one.meta[CONSTANT] = same.meta[CONSTANT] = True
+    CONSTANT.set(one, True)
+    CONSTANT.set(same, True)
     joined = call(operator.add, call(aten.sin.default, layout), one)
     graph.output((call(aten.neg.default, one), call(aten.clone.default, same), joined))
     gm = fx.GraphModule(root, graph)
@@ -369,9 +370,9 @@ def test_a_graph_without_roles_is_shared_by_the_dtypes_of_its_inputs() -> None:
 def test_inputs_without_a_role_are_judged_by_their_values(value: object, role: str | None) -> None:
     graph = fx.Graph()
     node = graph.placeholder("x")
-    node.meta["val"] = value
+    VALUE.set(node, value)
     assert input_roles(graph) == {node: role}
-    graph.placeholder("layout").meta[ROLE] = "layout"
+    ROLE.set(graph.placeholder("layout"), "layout")
     assert (input_roles(graph)[node] == "layout") == isinstance(value, int | float), "others have been given a role"
 
 

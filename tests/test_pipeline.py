@@ -15,11 +15,11 @@ from torch import fx
 from traces import text, traced
 
 import autodeploy as ad
-from autodeploy import pipeline
+from autodeploy.compiler import pipeline
+from autodeploy.compiler.pipeline import NearMiss, PassRecord
+from autodeploy.compiler.report import Report
 from autodeploy.errors import InvariantError, OptionError, PassError, UnknownName, UnsupportedFeature
-from autodeploy.graph import PREPARE, near_miss, placeholders, prepare_nodes
-from autodeploy.pipeline import NearMiss, Pass, PassRecord
-from autodeploy.report import Report
+from autodeploy.graph.edit import PREPARE, Pass, near_miss, placeholders, prepare_nodes
 from passes import Canonicalize, ShareMetadata, default
 
 aten = torch.ops.aten

@@ -29,8 +29,8 @@ from transformers import (
 )
 
 import autodeploy as ad
+from autodeploy.app.models import load_model
 from autodeploy.errors import AutodeployError, OptionError, UnsupportedFeature
-from autodeploy.models import load_model
 
 SIZES: dict[str, Any] = {"vocab_size": 128, "hidden_size": 32, "num_attention_heads": 2, "num_hidden_layers": 1}
 FEED_FORWARD = {"intermediate_size": 32}

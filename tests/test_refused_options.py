@@ -13,7 +13,7 @@ from hash_model import LetterTokenizer
 from tiny_models import tiny
 
 import autodeploy as ad
-from autodeploy import llm as llm_module
+from autodeploy.app import llm as llm_module
 from autodeploy.errors import AutodeployError, OptionError, UnknownName, UnsupportedFeature
 
 NAN = float("nan")

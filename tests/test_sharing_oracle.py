@@ -19,8 +19,8 @@ from sharing_generate import generate
 from sharing_trials import quiet
 from torch import fx
 
-from autodeploy import aliasing, dependence, effects, equality, outline
-from autodeploy.spelling import attribute
+from autodeploy.graph import aliasing, dependence, effects, equality, outline
+from autodeploy.graph.spelling import attribute
 from passes import ShareMetadata
 
 _MOST = 2000

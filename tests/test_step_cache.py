@@ -23,10 +23,10 @@ from torch import fx, nn
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 import autodeploy as ad
-from autodeploy import step_cache, step_files
-from autodeploy.lowering import Lowered, hashes
-from autodeploy.step_cache import load_or_make
-from autodeploy.step_files import StepFolder
+from autodeploy.inductor import step_cache, step_files
+from autodeploy.inductor.lower import Lowered, hashes
+from autodeploy.inductor.step_cache import load_or_make
+from autodeploy.inductor.step_files import StepFolder
 from passes import default
 
 # Inductor loads a module of torch's that warns about torch's own.

@@ -21,11 +21,11 @@ from transformers.models.llama import modeling_llama
 from transformers.models.qwen3 import modeling_qwen3
 
 import autodeploy as ad
-from autodeploy import machine
-from autodeploy.graph import CONSTANT
+from autodeploy.graph.meta import CONSTANT
+from autodeploy.inductor import machine
+from autodeploy.inductor.step_cache import environment_key, graph_key
+from autodeploy.inductor.stock import stock_key
 from autodeploy.ops import registry
-from autodeploy.step_cache import environment_key, graph_key
-from autodeploy.stock import stock_key
 from passes import InsertCachedAttention, ShareMetadata, default
 
 CPU = torch.device("cpu")
@@ -379,5 +379,5 @@ def test_different_graphs_have_different_keys() -> None:
     owned.register_buffer("a", ONES)
     before = graph_key(GRAPHS[-3], owned, "")
     assert before != graph_key(GRAPHS[-3], nn.Module(), "")
-    next(iter(GRAPHS[-3].graph.find_nodes(op="get_attr"))).meta[CONSTANT] = True
+    CONSTANT.set(next(iter(GRAPHS[-3].graph.find_nodes(op="get_attr"))), True)
     assert before != graph_key(GRAPHS[-3], owned, "")

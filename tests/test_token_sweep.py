@@ -11,7 +11,7 @@ from test_mixing import ALLOWED, COUNTS_PLACES, MIXES, SIZE, Body, traced
 from token_sweep import cases, examine
 
 from autodeploy.errors import UnsupportedFeature
-from autodeploy.mixing import token_flow
+from autodeploy.graph.tokens import token_flow
 from passes import FindAttention, NestInputs
 
 ATTENTION = torch.ops.autodeploy.attention.default

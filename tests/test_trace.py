@@ -26,7 +26,9 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.models.lfm2 import modeling_lfm2
 from transformers.models.llama import modeling_llama
 
-from autodeploy.errors import AutodeployError, NoAttentionFound, TraceError, UnsupportedFeature, module_path
+from autodeploy.errors import AutodeployError, NoAttentionFound, TraceError, UnsupportedFeature
+from autodeploy.graph.location import module_path
+from autodeploy.graph.meta import STACK_TRACE, VALUE
 from autodeploy.trace import trace
 from autodeploy.trace.mask import Mask, read_mask
 
@@ -96,7 +98,7 @@ def test_graph_has_two_inputs_one_output_and_the_models_own_weights(model_type: 
     gm, model = traced(model_type), tiny(model_type)
     inputs = gm.graph.find_nodes(op="placeholder")
     assert [node.target for node in inputs] == ["input_ids", "position_ids"]
-    assert all(node.meta["val"].ndim == 2 and node.meta["val"].dtype == torch.int64 for node in inputs)
+    assert all(VALUE.of(node).ndim == 2 and VALUE.of(node).dtype == torch.int64 for node in inputs)
     assert isinstance(gm.graph.output_node().args[0], fx.Node)
     theirs = {tensor.data_ptr() for tensor in (*model.parameters(), *model.buffers())}
     ours = {tensor.data_ptr() for tensor in (*gm.parameters(), *gm.buffers())}
@@ -107,8 +109,8 @@ def test_graph_has_two_inputs_one_output_and_the_models_own_weights(model_type: 
 def test_nodes_keep_module_path_source_line_and_shape() -> None:
     for layer, node in enumerate(canonical_nodes(traced("llama"))):
         assert module_path(node) == f"model.layers.{layer}.self_attn"
-        assert "modeling_llama.py" in node.meta["stack_trace"]
-        assert node.meta["val"].shape[2:] == (4, HEAD_DIM)
+        assert "modeling_llama.py" in STACK_TRACE.of(node)
+        assert VALUE.of(node).shape[2:] == (4, HEAD_DIM)
 
 
 def _state(model: PreTrainedModel) -> Any:

@@ -10,7 +10,9 @@ from attention_graphs import ATTENTION
 from tiny_models import tiny, tokens
 from torch import Tensor, fx
 
-from autodeploy.errors import TraceError, module_path
+from autodeploy.errors import TraceError
+from autodeploy.graph.location import module_path
+from autodeploy.graph.meta import ROLE, STACK_TRACE
 from autodeploy.trace.aten import from_dynamo, from_export
 from passes import Canonicalize, FindAttention
 
@@ -39,7 +41,7 @@ def test_a_dynamo_graph_of_a_model_has_its_attention_found() -> None:
     nodes = gm.graph.find_nodes(op="call_function", target=ATTENTION)
     assert [node.kwargs["window"] for node in nodes] == [8, 8, 8, None]
     assert module_path(nodes[0]).endswith("layers.0.self_attn")
-    assert "modeling_gemma3.py" in nodes[0].meta["stack_trace"]
+    assert "modeling_gemma3.py" in STACK_TRACE.of(nodes[0])
     torch._dynamo.reset()
 
 
@@ -48,7 +50,7 @@ def test_inputs_keep_their_order_names_and_meta() -> None:
 
     def backend(gm: fx.GraphModule, _: Any) -> Any:
         for node in gm.graph.find_nodes(op="placeholder"):
-            node.meta["autodeploy_role"] = "layout"
+            ROLE.set(node, "layout")
         seen.append((gm, from_dynamo(gm)))
         return seen[-1][1].forward
 
@@ -60,7 +62,7 @@ def test_inputs_keep_their_order_names_and_meta() -> None:
         torch.testing.assert_close(out, expected)
     old, new = (gm.graph.find_nodes(op="placeholder") for gm in seen[0])
     assert [node.target for node in new] == [node.target for node in old]
-    assert {node.meta["autodeploy_role"] for node in new} == {"layout"}
+    assert {ROLE.of(node) for node in new} == {"layout"}
     assert all(isinstance(n.target, torch._ops.OpOverload) for n in seen[0][1].graph.nodes if n.op == "call_function")
     torch._dynamo.reset()
 

@@ -20,10 +20,11 @@ from torch._inductor.utils import run_and_get_code
 
 from autodeploy.kernels import reference as reference
 from autodeploy.kernels.field_arena import _VIEWS_BOOLEANS, LAUNCHER, choose_blocks
+from autodeploy.kernels.registry import catalogue, field_named
+from autodeploy.kernels.torch_fields import NO_WINDOW
 from autodeploy.metadata import fields
-from autodeploy.metadata.fields_torch import NO_WINDOW
+from autodeploy.metadata.field import FieldRequest
 from autodeploy.metadata.layout import NUM_FIXED_COLUMNS
-from autodeploy.ops.spec import FieldRequest
 
 __all__ = ["triton_device"]
 
@@ -33,7 +34,7 @@ def every_request(num_groups: int, page_sizes: tuple[int, ...], tile_sizes: tupl
     values = {"group": range(num_groups), "num_groups": [num_groups], "page_size": page_sizes}
     values |= {"window": [1, 5, NO_WINDOW], "block_size": tile_sizes}
     found = []
-    for entry in fields.catalogue():
+    for entry in catalogue():
         names = [name for name in inspect.signature(entry.formula).parameters if name not in ("layout", "num_tokens")]
         if LAUNCHER.supports(FieldRequest(entry.name, ())):
             found += [FieldRequest(entry.name, given) for given in product(*(values[name] for name in names))]
@@ -41,7 +42,7 @@ def every_request(num_groups: int, page_sizes: tuple[int, ...], tile_sizes: tupl
 
 
 def by_formula(layout: Tensor, num_tokens: int, request: FieldRequest) -> Tensor:
-    entry = fields.get(request.name)
+    entry = field_named(request.name)
     takes_tokens = "num_tokens" in inspect.signature(entry.formula).parameters
     return entry.op(layout, *([num_tokens] if takes_tokens else []), *request.parameters)
 

@@ -18,13 +18,16 @@ from torch.utils import _pytree as pytree
 from traces import before, traced
 
 import autodeploy as ad
-from autodeploy import dynamo, outline, pipeline, sizes, spec, values
+from autodeploy.compiler import pipeline, spec
 from autodeploy.errors import InvariantError
-from autodeploy.graph import PREPARE, SITE, copy_module, get_attribute, placeholders, prepare_nodes, record
+from autodeploy.graph import outline, sizes, values
+from autodeploy.graph.edit import PREPARE, copy_module, get_attribute, placeholders, prepare_nodes, record
+from autodeploy.graph.meta import SITE, VALUE
+from autodeploy.inductor import torch_compile as dynamo
+from autodeploy.kernels.registry import catalogue
 from autodeploy.metadata import fields
 from autodeploy.metadata.layout import LayoutSpec
 from autodeploy.metadata.nest import Nested, nest_sequences
-from autodeploy.values import VALUE
 from passes import ShareMetadata, default
 
 aten = torch.ops.aten
@@ -43,33 +46,33 @@ class Lie:
 
 
 def attention(gm: fx.GraphModule) -> fx.Node:
-    return next(node for node in gm.graph.nodes if SITE in node.meta)
+    return next(node for node in gm.graph.nodes if SITE.on(node))
 
 
 def remember(gm: fx.GraphModule, change: Callable[[Tensor], Tensor]) -> None:
     node = attention(gm)
-    with node.meta[VALUE].fake_mode:
-        node.meta[VALUE] = change(node.meta[VALUE])
+    with VALUE.of(node).fake_mode:
+        VALUE.set(node, change(VALUE.of(node)))
 
 
 def forget_inside(gm: fx.GraphModule) -> None:
-    del getattr(gm, PREPARE).graph.output_node().all_input_nodes[0].meta[VALUE]
+    VALUE.take(getattr(gm, PREPARE).graph.output_node().all_input_nodes[0])
 
 
 def lie_inside(gm: fx.GraphModule) -> None:
     node = getattr(gm, PREPARE).graph.output_node().all_input_nodes[0]
-    with node.meta[VALUE].fake_mode:
-        node.meta[VALUE] = node.meta[VALUE].double()
+    with VALUE.of(node).fake_mode:
+        VALUE.set(node, VALUE.of(node).double())
 
 
 def lie_about_a_number(gm: fx.GraphModule) -> None:
     (node,) = gm.graph.find_nodes(op="call_function", target=aten.sym_size.int)
-    node.meta[VALUE] = node.meta[VALUE] + 1
+    VALUE.set(node, VALUE.of(node) + 1)
 
 
 def use_another_mode(gm: fx.GraphModule) -> None:
     with values.new_mode():
-        attention(gm).meta[VALUE] = torch.empty(1)
+        VALUE.set(attention(gm), torch.empty(1))
 
 
 @cache
@@ -78,7 +81,7 @@ def shared() -> fx.GraphModule:
 
 
 LIES: dict[str, tuple[Callable[[fx.GraphModule], object], str]] = {
-    "no value": (lambda gm: attention(gm).meta.pop(VALUE), "the value of sdpa_paged_attention_default is not recorded"),
+    "no value": (lambda gm: VALUE.take(attention(gm)), "the value of sdpa_paged_attention_default is not recorded"),
     "no value inside": (forget_inside, "the value of unsqueeze_1 is not recorded"),
     "dtype": (lambda gm: remember(gm, Tensor.double), "dtype torch.float64, where it is torch.float32"),
     "device": (lambda gm: remember(gm, lambda value: value.to("meta")), "device meta, where it is cpu"),
@@ -134,7 +137,7 @@ def test_an_op_that_changes_the_shape_of_its_input_is_followed() -> None:
     gm = torch.export.export(_Function(forward), (torch.zeros(3, 5),)).module(check_guards=False)
     values.retype(gm.graph, list(gm.graph.nodes))
     spec.check_values(gm)
-    assert gm.graph.output_node().all_input_nodes[0].meta[VALUE].shape == (1, 3, 5)
+    assert VALUE.of(gm.graph.output_node().all_input_nodes[0]).shape == (1, 3, 5)
 
 
 @pytest.mark.parametrize("model_type", ["gemma3_text", "lfm2"])
@@ -144,7 +147,7 @@ def test_packed_sizes_stay_free(model_type: str) -> None:
     assert env.replacements == {}
     assert not any(isinstance(guard.expr, sympy.Eq) for guard in env.guards)
     names = ["T", "S", "GP + 3", "pages_0"] + (["pages_1"] if model_type == "gemma3_text" else ["state_slots"])
-    shapes = [size for node in placeholders(gm) for size in node.meta[VALUE].shape]
+    shapes = [size for node in placeholders(gm) for size in VALUE.of(node).shape]
     assert set(map(sizes.text, shapes)) - set(map(str, range(100))) == set(names)
 
 
@@ -162,7 +165,7 @@ class RealRun(fx.Interpreter):
         result = super().run_node(n)
         if n.op == "output":
             return result
-        real, said = pytree.tree_leaves(result), pytree.tree_leaves(n.meta[VALUE])
+        real, said = pytree.tree_leaves(result), pytree.tree_leaves(VALUE.of(n))
         assert len(real) == len(said)
         for one, other in zip(real, said, strict=True):
             if not isinstance(one, Tensor):
@@ -224,7 +227,7 @@ def test_values_and_bytes_are_those_of_a_real_step(model_type: str) -> None:
     assert evaluate(said.expression) == sum(tensor.nbytes for tensor in run.env[prepare_nodes(gm)[0]])
 
 
-@pytest.mark.parametrize("field", fields.catalogue(), ids=lambda field: field.name)
+@pytest.mark.parametrize("field", catalogue(), ids=lambda field: field.name)
 def test_the_value_of_a_field_is_what_it_makes(field: fields.Field) -> None:
     batch = make_batch([(3, 2), (1, 5), (4, 0)], num_groups=2, padding_rows=1, padding_tokens=2)
     known = {"page_size": 4, "num_groups": 2, "group": 1, "window": 5, "kernel_size": 4, "num_kv_heads": 3}
@@ -237,9 +240,9 @@ def test_the_value_of_a_field_is_what_it_makes(field: fields.Field) -> None:
     rows, pages = values.new_size(mode, "S", 33), values.new_size(mode, "GP", 36)
     node = graph.placeholder("layout")
     with mode:
-        node.meta[VALUE] = torch.empty(rows, 3 + pages, dtype=torch.int32)
+        VALUE.set(node, torch.empty(rows, 3 + pages, dtype=torch.int32))
     output = graph.output(node)
-    said = record(output, field.op, node, *parameters).meta[VALUE]
+    said = VALUE.of(record(output, field.op, node, *parameters))
     real = dict(zip(mode.shape_env.source_to_var.values(), (layout.shape[0], layout.shape[1] - 3), strict=True))
     at = RealRun(fx.GraphModule(torch.nn.Module(), graph), real).at_size
     assert (said.dtype, tuple(map(at, said.shape)), tuple(map(at, said.stride()))) == (

@@ -12,8 +12,8 @@ from tiny_models import tiny
 from torch import fx
 
 import autodeploy as ad
+from autodeploy.compiler.verify import difference
 from autodeploy.errors import PassError
-from autodeploy.verify import difference
 from passes import default
 
 

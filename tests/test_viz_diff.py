@@ -18,9 +18,9 @@ from traces import before as before_pass
 from traces import traced
 from viz_graphs import Maker, aten, attention_layer, cached_layer, graph_module, layers
 
-from autodeploy import pipeline
+from autodeploy.compiler import pipeline
 from autodeploy.errors import OptionError, UnknownName
-from autodeploy.graph import copy_module
+from autodeploy.graph.edit import copy_module
 from autodeploy.viz import GraphDiff, Recorder, Snapshot
 from autodeploy.viz import text as terminal
 from passes import ShareMetadata, default

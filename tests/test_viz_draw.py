@@ -14,7 +14,7 @@ from torch import fx
 from traces import traced
 from viz_graphs import Maker, aten, attention_layer, cached_layer, graph_module, layers
 
-from autodeploy import pipeline
+from autodeploy.compiler import pipeline
 from autodeploy.viz import GraphDiff, Recorder
 from autodeploy.viz.export import to_dot, to_model_explorer
 from autodeploy.viz.layout import Box, place

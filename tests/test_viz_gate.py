@@ -14,8 +14,9 @@ from torch import fx, nn
 from traces import before as before_pass
 from viz_graphs import Maker, aten, attention_layer, cached_layer, graph_module, layers
 
-from autodeploy import pipeline
-from autodeploy.cli import main
+from autodeploy.app.cli import main
+from autodeploy.compiler import pipeline
+from autodeploy.graph.meta import ROLE
 from autodeploy.viz import Recorder, Snapshot, assert_graph_diff
 from autodeploy.viz.duplicates import duplicate_metadata
 from passes import ShareMetadata
@@ -188,7 +189,7 @@ def test_assert_graph_diff() -> None:
 
 def repeated(number: int) -> fx.GraphModule:
     def build(make: Maker, layout: fx.Node) -> fx.Node:
-        layout.meta["autodeploy_role"] = "layout"
+        ROLE.set(layout, "layout")
         sums = [make.call(aten.cumsum.default, layout, 0) for _ in range(number)]
         return make.call(aten.cat.default, sums)
 

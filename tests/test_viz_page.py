@@ -15,7 +15,7 @@ from pages import failed_trace, hostile_diff, large_diff, pipeline_trace, small_
 from viz_graphs import attention_layer, cached_layer, layers
 
 import autodeploy as ad
-from autodeploy.cli import main
+from autodeploy.app.cli import main
 from autodeploy.errors import OptionError, PassError
 from autodeploy.viz import GraphDiff, Trace
 from autodeploy.viz.page import SCRIPTS, render_page
@@ -128,7 +128,8 @@ def test_a_pass_that_raises_leaves_its_history(tmp_path: Path, monkeypatch: pyte
     """Of `apply` with a recorder, and of the command line."""
     from tiny_models import tiny
 
-    from autodeploy import backend, models
+    from autodeploy.app import models
+    from autodeploy.compiler import apply as backend
 
     def fail(self: object, gm: object) -> int:
         raise RuntimeError("no more")

@@ -14,9 +14,9 @@ from torch import fx
 from traces import text, traced
 from viz_graphs import Maker, aten, attention_layer, graph_module, layers
 
-from autodeploy import pipeline
+from autodeploy.compiler import pipeline
 from autodeploy.errors import OptionError, PassError
-from autodeploy.graph import PREPARE
+from autodeploy.graph.edit import PREPARE
 from autodeploy.viz.provenance import Recorder
 from autodeploy.viz.snapshot import Snapshot
 from autodeploy.viz.trace import Stage, Trace

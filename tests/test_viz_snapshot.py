@@ -14,7 +14,7 @@ from traces import before, traced
 from viz_graphs import Maker, aten, graph_module, layers
 
 from autodeploy.errors import OptionError
-from autodeploy.graph import PREPARE
+from autodeploy.graph.edit import PREPARE
 from autodeploy.viz.arguments import Ref, Table, Text, argument_from_json, argument_to_json, read_argument
 from autodeploy.viz.node import Node
 from autodeploy.viz.snapshot import Snapshot

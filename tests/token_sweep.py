@@ -23,7 +23,8 @@ from torch.testing._internal.common_methods_invocations import op_db
 from torch.utils import _pytree as pytree
 
 from autodeploy.errors import UnsupportedFeature
-from autodeploy.mixing import Flow, token_flow
+from autodeploy.graph.meta import VALUE
+from autodeploy.graph.tokens import Flow, token_flow
 
 _SAMPLES = 6  # of each op; the later ones differ in numbers rather than in kind
 _VOCABULARY = 50
@@ -107,7 +108,7 @@ def leaks(gm: fx.GraphModule, flow: Flow, length: int) -> bool:
         changed = ids.clone()
         changed[0, token] = _VOCABULARY - 1
         for old, new, node in zip(before, gm(changed), outputs, strict=False):
-            parts = _tokens_of(old, node.meta["val"], flow, length), _tokens_of(new, node.meta["val"], flow, length)
+            parts = _tokens_of(old, VALUE.of(node), flow, length), _tokens_of(new, VALUE.of(node), flow, length)
             one, other = (([whole] if part is None else part) for part, whole in zip(parts, (old, new), strict=True))
             kept = [at for at in range(len(one)) if parts[0] is None or at != token]
             if any(not _same(one[at], other[at]) for at in kept):

@@ -8,12 +8,11 @@ import torch
 from tiny_models import tiny
 from torch import Tensor, fx
 
-from autodeploy import pipeline, spec
-from autodeploy.dependence import split
-from autodeploy.graph import PREPARE, copy_module
-from autodeploy.pipeline import Pass
+from autodeploy.compiler import pipeline, spec
+from autodeploy.compiler.verify import difference, run_batch
+from autodeploy.graph.dependence import split
+from autodeploy.graph.edit import PREPARE, Pass, copy_module
 from autodeploy.trace import trace
-from autodeploy.verify import difference, run_batch
 from passes import default
 
 BATCH = ((5, 3), (1, 1), (2, 4))  # sequences of (first chunk, second chunk)

@@ -9,7 +9,7 @@ from triton_compile import SHARED_BYTES, TARGETS
 
 from autodeploy.kernels import triton_append, triton_conv1d, triton_decode, triton_fields, triton_linear, triton_prefill
 from autodeploy.kernels.field_arena import choose_blocks, make_plan
-from autodeploy.ops.spec import FieldRequest
+from autodeploy.metadata.field import FieldRequest
 
 
 class Case(NamedTuple):

@@ -8,6 +8,8 @@ from typing import Any
 import torch
 from torch import fx
 
+from autodeploy.graph.meta import MODULE_STACK, VALUE
+
 aten = torch.ops.aten
 Layer = Callable[[int, "Maker", fx.Node], fx.Node]
 
@@ -22,9 +24,9 @@ class Maker:
         """A call_function node of the module `at` below this one, with a value if one is given."""
         node = self.graph.call_function(op, args, kwargs)
         path = ".".join(part for part in (self.path, at) if part)
-        node.meta["nn_module_stack"] = {path: (path, "torch.nn.Module")}
+        MODULE_STACK.set(node, {path: (path, "torch.nn.Module")})
         if value is not None:
-            node.meta["val"] = value
+            VALUE.set(node, value)
         return node
 
 

@@ -23,7 +23,8 @@ from autodeploy.attention_forms.scores import HIDDEN, Term
 from autodeploy.attention_forms.square import Square
 from autodeploy.attention_forms.unfold import unfolder
 from autodeploy.attention_forms.unfolder import Unfolder
-from autodeploy.graph import NUM_POSITIONS, look_at
+from autodeploy.graph.edit import look_at
+from autodeploy.graph.meta import NUM_POSITIONS, VALUE
 
 # Where nothing tells how long sequences may be; the longest that models of today are made for is about that.
 LARGEST = 1 << 20
@@ -76,7 +77,7 @@ class Sizes:
         self._symbols: set[Any] = set()
         self.lengths: set[Any] = set()
         for node in gm.graph.find_nodes(op="placeholder"):
-            value = node.meta.get("val")
+            value = VALUE.get(node)
             sizes = [*value.shape] if isinstance(value, Tensor) else [value]
             self._symbols.update(*map(_symbols, sizes))
             if is_positions(node):
@@ -175,7 +176,7 @@ class Masks:
         if not isinstance(length, torch.SymInt):
             return length
         upper = length.node.shape_env.bound_sympy(length.node.expr).upper
-        asked = self._gm.meta.get(NUM_POSITIONS, LARGEST)
+        asked = NUM_POSITIONS.get(self._gm, LARGEST)
         return int(upper) if upper < asked else asked
 
     def _entry(self, term: Term) -> Value:

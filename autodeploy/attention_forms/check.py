@@ -8,6 +8,7 @@ from torch import Tensor, fx
 from autodeploy.attention_forms.asked import Sizes
 from autodeploy.attention_forms.evaluate import Evaluator
 from autodeploy.attention_forms.found import Attention
+from autodeploy.graph.meta import VALUE
 
 _LENGTH, _BATCH = 7, 2
 # Of random values of size one, by dtype: a softmax in float32 on one side and in this dtype on the other.
@@ -19,9 +20,7 @@ def check(gm: fx.GraphModule, found: Attention, sizes: Sizes) -> str | None:
     length = found.query.shape[-2]
     evaluator = Evaluator(gm, sizes.at(length, _LENGTH, _BATCH))
     generator = torch.Generator().manual_seed(0)
-    given = {
-        node: _random(evaluator, node.meta["val"], generator) for node in found.inputs if isinstance(node, fx.Node)
-    }
+    given = {node: _random(evaluator, VALUE.of(node), generator) for node in found.inputs if isinstance(node, fx.Node)}
     with torch.no_grad():
         graph = Evaluator(gm, sizes.at(length, _LENGTH, _BATCH), given)(found.output)
         canonical = found.canonical(*(given[arg] if isinstance(arg, fx.Node) else arg for arg in found.inputs))

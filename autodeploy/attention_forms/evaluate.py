@@ -10,9 +10,10 @@ from torch import Tensor, fx
 from torch.fx.experimental.symbolic_shapes import free_unbacked_symbols
 from torch.fx.node import map_aggregate, map_arg
 
-from autodeploy.aliasing import mutated
-from autodeploy.effects import is_pure
-from autodeploy.graph import get_attribute, look_at
+from autodeploy.graph.aliasing import mutated
+from autodeploy.graph.edit import get_attribute, look_at
+from autodeploy.graph.effects import is_pure
+from autodeploy.graph.meta import VALUE
 
 _NUMBERS = (int, float, bool, torch.SymInt, torch.SymFloat, torch.SymBool)
 _POSITIONS = ("position_ids", "cache_position", "positions")  # how the names of such inputs end
@@ -54,10 +55,10 @@ class Evaluator:
         return [int(self._number(size)) for size in value.shape]
 
     def _is_source(self, node: fx.Node) -> bool:
-        return node.op in ("placeholder", "get_attr") or isinstance(node.meta.get("val"), _NUMBERS)
+        return node.op in ("placeholder", "get_attr") or isinstance(VALUE.get(node), _NUMBERS)
 
     def _compute(self, node: fx.Node) -> Any:
-        value = node.meta.get("val")
+        value = VALUE.get(node)
         if isinstance(value, _NUMBERS):
             return self._number(value)
         if node.op == "get_attr":
@@ -102,7 +103,7 @@ def learn(gm: fx.GraphModule, given: Iterable[fx.Node] = ()) -> Knowledge:
 
 
 def _is_known(gm: fx.GraphModule, node: fx.Node, found: set[fx.Node]) -> bool:
-    value = node.meta.get("val")
+    value = VALUE.get(node)
     if isinstance(value, _NUMBERS):
         return not free_unbacked_symbols(value)
     if node.op == "placeholder":
@@ -114,7 +115,7 @@ def _is_known(gm: fx.GraphModule, node: fx.Node, found: set[fx.Node]) -> bool:
 
 def is_positions(node: fx.Node) -> bool:
     """Whether an input is the positions of tokens, to go by its name: integers, along the last dimension."""
-    value = node.meta.get("val")
+    value = VALUE.get(node)
     if not isinstance(value, Tensor) or value.is_floating_point() or value.dtype is torch.bool:
         return False
     return value.dim() > 0 and node.name.strip("_").endswith(_POSITIONS)

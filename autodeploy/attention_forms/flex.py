@@ -20,9 +20,10 @@ import torch
 from torch import fx
 
 from autodeploy.attention_forms.evaluate import Knowledge, learn
-from autodeploy.effects import is_pure
-from autodeploy.graph import between, get_attribute, record
-from autodeploy.values import record_values
+from autodeploy.graph.edit import between, get_attribute, record
+from autodeploy.graph.effects import is_pure
+from autodeploy.graph.meta import VALUE
+from autodeploy.graph.values import record_values
 
 aten = torch.ops.aten
 FLEX = torch.ops.higher_order.flex_attention
@@ -91,7 +92,7 @@ def why_not(gm: fx.GraphModule, node: fx.Node) -> str | None:
         return "has a log-sum-exp that is used"
     if not isinstance(scale, int | float):
         return "has a scale that is not a number"
-    if not all(isinstance(operand.meta["val"].shape[1], int) for operand in (query, key, value)):
+    if not all(isinstance(VALUE.of(operand).shape[1], int) for operand in (query, key, value)):
         return "has a number of heads that is not known"
     for mod in (score_mod, block_mask[-1]):
         for inner in get_attribute(gm, str(mod.target)).graph.nodes:
@@ -105,7 +106,7 @@ def write_out(gm: fx.GraphModule, node: fx.Node) -> WrittenOut:
     arguments: tuple[Any, ...] = node.args
     query, key, value, score_mod, block_mask, scale, _, score_captures, mask_captures = arguments
     before = node.prev
-    scores, indices = record(node, _scores, query, key, scale, _group_size(query, key), query.meta["val"].device)
+    scores, indices = record(node, _scores, query, key, scale, _group_size(query, key), VALUE.of(query).device)
     scores = _inline(gm, node, score_mod, (scores, *indices, *score_captures))
     seen = _inline(gm, node, block_mask[-1], (*indices, *mask_captures))
     softmax, _ = record(node, _weigh, scores, seen, value, _group_size(query, value))
@@ -151,7 +152,7 @@ def _weigh(scores: Any, seen: Any, value: Any, group_size: int) -> tuple[Any, An
 
 
 def _group_size(query: fx.Node, key: fx.Node) -> int:
-    return query.meta["val"].shape[1] // key.meta["val"].shape[1]
+    return VALUE.of(query).shape[1] // VALUE.of(key).shape[1]
 
 
 def _inline(gm: fx.GraphModule, before: fx.Node, body: Any, arguments: tuple[Any, ...]) -> fx.Node:

@@ -12,6 +12,7 @@ from autodeploy.attention_forms.asked import Seen
 from autodeploy.attention_forms.evaluate import Refused
 from autodeploy.attention_forms.heads import Operand, from_heads, to_heads
 from autodeploy.attention_forms.scores import Term
+from autodeploy.graph.meta import VALUE
 
 aten = torch.ops.aten
 
@@ -45,7 +46,7 @@ class Attention:
 
     def canonical(self, query: Any, key: Any, value: Any, sinks: Any, alibi_slopes: Any, *terms: Any) -> Any:
         """What `output` is, by the canonical op; on tensors, or on proxies that record it."""
-        out_dtype = self.output.meta["val"].dtype
+        out_dtype = VALUE.of(self.output).dtype
         tensors = [
             to_heads(tensor, len(operand.shape), operand.is_transposed, heads)
             for tensor, operand, heads in (
@@ -54,7 +55,7 @@ class Attention:
                 (value, self.value, self.num_kv_heads),
             )
         ]
-        dtypes = [operand.node.meta["val"].dtype for operand in (self.query, self.key, self.value)]
+        dtypes = [VALUE.of(operand.node).dtype for operand in (self.query, self.key, self.value)]
         common = torch.promote_types(torch.promote_types(dtypes[0], dtypes[1]), dtypes[2])
         tensors = [_cast(tensor, dtype, common) for tensor, dtype in zip(tensors, dtypes, strict=True)]
         bias = None
@@ -72,7 +73,7 @@ class Attention:
         )
         result = _cast(aten.transpose.int(result, 1, 2), common, out_dtype)
         groups = (self.num_kv_heads, self.num_heads // self.num_kv_heads)
-        return from_heads(result, self.output.meta["val"].dim(), groups)
+        return from_heads(result, VALUE.of(self.output).dim(), groups)
 
 
 def _cast(tensor: Any, dtype: torch.dtype, wanted: torch.dtype) -> Any:
@@ -88,13 +89,13 @@ def _changed(bias: Any, tensor: Any, term: Term, dtype: torch.dtype) -> Any:
         return aten.where.ScalarSelf(hidden, term.fill, bias)
     if term.factor != 1:
         tensor = aten.mul.Scalar(tensor, term.factor)
-    tensor = _cast(tensor, term.node.meta["val"].dtype, dtype)
+    tensor = _cast(tensor, VALUE.of(term.node).dtype, dtype)
     return tensor if bias is None else aten.add.Tensor(bias, tensor)
 
 
 def to_four(tensor: Any, term: Term, num_heads: int) -> Any:
     """The tensor of `term`, broadcastable to scores of another shape, made so to [B, H, S, S]."""
-    recorded: Tensor = term.node.meta["val"]
+    recorded: Tensor = VALUE.of(term.node)
     ndim, scores_ndim = recorded.dim(), len(term.shape)
     if scores_ndim == 3 and ndim == 3 and recorded.shape[0] != 1:
         return aten.unflatten.int(tensor, 0, [-1, num_heads])

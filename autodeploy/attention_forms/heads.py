@@ -16,6 +16,7 @@ from torch.fx.experimental.symbolic_shapes import statically_known_true, sym_eq
 
 from autodeploy.attention_forms.evaluate import Refused
 from autodeploy.attention_forms.scores import keeps_rows
+from autodeploy.graph.meta import VALUE
 
 aten = torch.ops.aten
 _COPIES = (aten.clone.default, aten.contiguous.default)
@@ -36,7 +37,7 @@ class Operand:
 
     @property
     def shape(self) -> torch.Size:
-        return self.node.meta["val"].shape
+        return VALUE.of(self.node).shape
 
 
 def peel(operand: Operand, number: Callable[[Any], float | None], *, repeats: bool = True) -> Operand:
@@ -98,7 +99,7 @@ def _peel_factor(operand: Operand, number: Callable[[Any], float | None]) -> Ope
         return None
     if factor is None or factor <= 0 or not isinstance(inner, fx.Node):
         return None
-    if inner.meta["val"].dtype != node.meta["val"].dtype:
+    if VALUE.of(inner).dtype != VALUE.of(node).dtype:
         return None
     return replace(operand, node=inner, scale=operand.scale * factor)
 
@@ -112,11 +113,11 @@ def _peel_view(operand: Operand) -> Operand | None:
     if not keeps_rows(node) or len(operand.shape) != 3:
         return None
     before = node.all_input_nodes[0]
-    return replace(operand, node=before) if before.meta["val"].dim() == 4 else None
+    return replace(operand, node=before) if VALUE.of(before).dim() == 4 else None
 
 
 def _swaps_last_two(node: fx.Node) -> bool:
-    ndim = node.meta["val"].dim()
+    ndim = VALUE.of(node).dim()
     if node.target is aten.transpose.int:
         return {dim % ndim for dim in node.args[1:3] if isinstance(dim, int)} == {ndim - 2, ndim - 1}
     if node.target is not aten.permute.default or not isinstance(node.args[1], list):
@@ -134,15 +135,15 @@ def _peel_repeat(operand: Operand) -> Operand | None:
         return None
     if node.target is aten.repeat_interleave.self_int and len(node.args) == 3 and node.args[2] in (1, -3):
         return _repeated(operand, node.all_input_nodes[0])
-    if node.target is aten.expand.default and node.all_input_nodes[0].meta["val"].dim() == 4:
+    if node.target is aten.expand.default and VALUE.of(node.all_input_nodes[0]).dim() == 4:
         source = node.all_input_nodes[0]
         rest = [dim for dim in range(4) if dim != 1]
-        same = all(statically_known_true(source.meta["val"].shape[dim] == operand.shape[dim]) for dim in rest)
-        return _repeated(operand, source) if same and source.meta["val"].shape[1] == 1 else None
+        same = all(statically_known_true(VALUE.of(source).shape[dim] == operand.shape[dim]) for dim in rest)
+        return _repeated(operand, source) if same and VALUE.of(source).shape[1] == 1 else None
     if node.target not in _RESHAPES or not keeps_rows(node):
         return None
     grouped = _skip_copies(node.all_input_nodes[0])
-    inner = _peel_group(replace(operand, node=grouped)) if grouped.meta["val"].dim() == 5 else None
+    inner = _peel_group(replace(operand, node=grouped)) if VALUE.of(grouped).dim() == 5 else None
     # Both leading dimensions of the repeats have to be merged, and nothing else.
     return inner if inner and statically_known_true(operand.shape[1] == inner.repeats * inner.shape[1]) else None
 
@@ -153,9 +154,9 @@ def _peel_group(operand: Operand) -> Operand | None:
     groups = operand.shape[2]
     if node.target is aten.expand.default:
         before = node.all_input_nodes[0]
-        if before.meta["val"].dim() != 5 or not statically_known_true(before.meta["val"].shape[2] == 1):
+        if VALUE.of(before).dim() != 5 or not statically_known_true(VALUE.of(before).shape[2] == 1):
             return None
-        same = sym_eq([*before.meta["val"].shape[:2]], [*node.meta["val"].shape[:2]])
+        same = sym_eq([*VALUE.of(before).shape[:2]], [*VALUE.of(node).shape[:2]])
         if not statically_known_true(same):
             return None
         node = before
@@ -165,7 +166,7 @@ def _peel_group(operand: Operand) -> Operand | None:
 
 
 def _repeated(operand: Operand, source: fx.Node) -> Operand | None:
-    heads, fewer = operand.shape[1], source.meta["val"].shape[1]
+    heads, fewer = operand.shape[1], VALUE.of(source).shape[1]
     if not isinstance(heads, int) or not isinstance(fewer, int):
         return None
     return replace(operand, node=source, repeats=operand.repeats * (heads // fewer))

@@ -6,7 +6,7 @@ from collections.abc import Collection
 
 from torch import fx
 
-from autodeploy.aliasing import sharing, writes
+from autodeploy.graph.aliasing import sharing, writes
 
 
 def is_overtaken(output: fx.Node, inputs: Collection[fx.Node], written: set[fx.Node]) -> bool:

@@ -13,6 +13,7 @@ from autodeploy.attention_forms.evaluate import Refused
 from autodeploy.attention_forms.places import Value, look_up, number, places_of
 from autodeploy.attention_forms.scores import Term
 from autodeploy.attention_forms.square import Square
+from autodeploy.graph.meta import VALUE
 
 _ROUNDINGS = 4  # of what an entry is made of: product, shift, their difference, and the slope that was read from them
 _EPS = torch.finfo(torch.float32).eps
@@ -74,7 +75,7 @@ def read_alibi(masks: Masks, term: Term, num_heads: int, seen: Seen, *, has_sink
     except Refused:
         return None
     masks.note(term)
-    return Alibi(torch.tensor(slopes, dtype=torch.float32, device=term.node.meta["val"].device), reach)
+    return Alibi(torch.tensor(slopes, dtype=torch.float32, device=VALUE.of(term.node).device), reach)
 
 
 def _slope(bias: _Linear, has_sinks: bool) -> float | None:

@@ -18,6 +18,7 @@ from autodeploy.attention_forms.in_place import is_overtaken
 from autodeploy.attention_forms.linear import Alibi, read_alibi
 from autodeploy.attention_forms.scores import HIDDEN, ScoreReader, Scores, Term, drops_nothing, is_cast, keeps_rows
 from autodeploy.attention_forms.unfolder import arguments_of
+from autodeploy.graph.meta import VALUE
 
 aten = torch.ops.aten
 SDPA = aten.scaled_dot_product_attention.default
@@ -49,7 +50,7 @@ class Matcher:
         if found is None:
             return None
         output, is_cut = found
-        ndim = node.meta["val"].dim()
+        ndim = VALUE.of(node).dim()
         scores = self._reader.read(node.all_input_nodes[0]) if ndim > 2 else None
         if scores is None:
             raise Refused("weighs values by something other than queries times keys")
@@ -68,7 +69,7 @@ class Matcher:
         query, key, value, mask = (arguments[name] for name in ("query", "key", "value", "attn_mask"))
         if arguments["dropout_p"]:
             raise Refused("has dropout; call model.eval() before tracing")
-        shape = query.meta["val"].shape
+        shape = VALUE.of(query).shape
         scale = arguments["scale"]
         scale = shape[-1] ** -0.5 if scale is None else scale
         if not isinstance(scale, int | float):
@@ -79,8 +80,8 @@ class Matcher:
         if scores.causal:
             scores = replace(scores, words=("sdpa", "is_causal"))
         if mask is not None:
-            role = "keep" if mask.meta["val"].dtype is torch.bool else "add"
-            scores_shape = torch.Size([*shape[:-1], key.meta["val"].shape[-2]])
+            role = "keep" if VALUE.of(mask).dtype is torch.bool else "add"
+            scores_shape = torch.Size([*shape[:-1], VALUE.of(key).shape[-2]])
             scores = scores.plus(Term(mask, role, scores_shape), "bool mask" if role == "keep" else "float mask")
         return self._attention(node, scores, value, hides_rows=True, is_transposed=False)
 
@@ -183,7 +184,7 @@ class Matcher:
         if term.node in self._known:
             return self._masks.may_hide(term)
         sources = [node for node in cone(term.node) if node.op == "placeholder"]
-        is_given = any(node.meta["val"].is_floating_point() for node in sources if "val" in node.meta)
+        is_given = any(VALUE.of(node).is_floating_point() for node in sources if VALUE.on(node))
         return is_given or any(number <= HIDDEN for number in constants(term.node))
 
 
@@ -192,7 +193,7 @@ def _weighted_product(node: fx.Node) -> tuple[fx.Node, bool] | None:
     is_cut = False
     for user in _line_of_users(node):
         if user.target in _PRODUCTS:
-            return (user, is_cut) if user.meta["val"].dim() > 2 else None
+            return (user, is_cut) if VALUE.of(user).dim() > 2 else None
         if user.target is aten.slice.Tensor:
             is_cut = True
     return None
@@ -206,7 +207,7 @@ def _line_of_users(node: fx.Node) -> list[fx.Node]:
         user = waiting.pop()
         if user.target in _PRODUCTS and user.args[0] in (node, *line):
             return [*line, user]
-        if user.target is aten.einsum.default and node.meta["val"].dim() > 3:
+        if user.target is aten.einsum.default and VALUE.of(node).dim() > 3:
             raise Refused("weighs values with an einsum")
         if user.target in _PASSED or is_cast(user) or keeps_rows(user) or drops_nothing(user) or _cuts_last(user):
             line.append(user)
@@ -217,7 +218,7 @@ def _line_of_users(node: fx.Node) -> list[fx.Node]:
 def _cuts_last(node: fx.Node) -> bool:
     if node.target is not aten.slice.Tensor:
         return False
-    ndim = node.meta["val"].dim()
+    ndim = VALUE.of(node).dim()
     return tuple(node.args[1:]) in ((-1, 0, -1), (ndim - 1, 0, -1), (-1, None, -1), (ndim - 1, None, -1))
 
 
@@ -229,7 +230,7 @@ def _check_used_once(node: fx.Node, output: fx.Node) -> None:
 
 
 def _check_recorded(operands: Sequence[Operand]) -> None:
-    if not all("val" in operand.node.meta for operand in operands):
+    if not all(VALUE.on(operand.node) for operand in operands):
         raise Refused("has inputs without recorded shapes")
 
 
@@ -244,7 +245,7 @@ def _heads_of(key: Operand, value: Operand, scores: Scores, output: fx.Node) -> 
     """The number of query heads that something other than the queries tells."""
     told = [operand.shape[1] * operand.repeats for operand in (key, value) if len(operand.shape) == 4]
     told += [term.shape[1] for term in scores.terms if len(term.shape) == 4]
-    told += [user.meta["val"].shape[1] for user in output.users if keeps_rows(user) and user.meta["val"].dim() == 4]
+    told += [VALUE.of(user).shape[1] for user in output.users if keeps_rows(user) and VALUE.of(user).dim() == 4]
     return next((heads for heads in told if isinstance(heads, int)), None)
 
 

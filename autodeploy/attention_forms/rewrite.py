@@ -7,11 +7,10 @@ from itertools import count
 from torch import Tensor, fx
 
 from autodeploy.attention_forms.found import Attention
-from autodeploy.graph import between, record
-from autodeploy.ops.registry import kind_of
-from autodeploy.values import record_values, replace_node
-
-FORM = "autodeploy_form"  # meta of a canonical node: the words of the forms it was found in
+from autodeploy.graph.edit import between, record
+from autodeploy.graph.meta import FORM
+from autodeploy.graph.values import record_values, replace_node
+from autodeploy.ops.kinds import kind_of
 
 
 def rewrite(found: Attention, old: fx.Node) -> list[fx.Node]:
@@ -24,7 +23,7 @@ def rewrite(found: Attention, old: fx.Node) -> list[fx.Node]:
     new = record(old, found.canonical, *inputs)
     for node in between(before, old):
         if kind_of(node.target) is not None:
-            node.meta[FORM] = found.words
+            FORM.set(node, found.words)
     stale = replace_node(old, new)
     old.graph.erase_node(old)
     return stale

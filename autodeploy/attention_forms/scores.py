@@ -12,6 +12,7 @@ from torch import Tensor, fx
 from torch.fx.experimental.symbolic_shapes import statically_known_true, sym_eq
 
 from autodeploy.attention_forms.evaluate import Evaluator, Refused
+from autodeploy.graph.meta import VALUE
 
 aten = torch.ops.aten
 # What a mask puts in place of a score, at least: the smallest float16. No softmax weight is left of it.
@@ -100,7 +101,7 @@ class ScoreReader:
             return float(value)
         if not isinstance(value, fx.Node) or value not in self._known:
             return None
-        recorded = value.meta.get("val")
+        recorded = VALUE.get(value)
         is_single = isinstance(recorded, Tensor) and statically_known_true(recorded.numel() == 1)
         return float(self._constants(value)) if is_single and not _is_symbolic(value) else None
 
@@ -182,13 +183,13 @@ class ScoreReader:
 
     def _cat(self, node: fx.Node) -> Scores | None:
         tensors, dim = node.args[0], node.args[1] if len(node.args) > 1 else 0
-        if not isinstance(tensors, list | tuple) or len(tensors) != 2 or dim not in (-1, node.meta["val"].dim() - 1):
+        if not isinstance(tensors, list | tuple) or len(tensors) != 2 or dim not in (-1, VALUE.of(node).dim() - 1):
             return None
         inner = self.read(_node(tensors[0]))
         if inner is None:
             return None
-        heads = node.meta["val"].shape[1]
-        sinks = _per_head(_node(tensors[1]), heads) if node.meta["val"].dim() == 4 else None
+        heads = VALUE.of(node).shape[1]
+        sinks = _per_head(_node(tensors[1]), heads) if VALUE.of(node).dim() == 4 else None
         if sinks is None:
             raise Refused("has a further logit that is not one number per head")
         return replace(inner, sinks=sinks, words=(*inner.words, "sinks"))
@@ -198,7 +199,7 @@ def is_cast(node: fx.Node) -> bool:
     """Whether `node` only turns floats into other floats."""
     if node.target not in (aten.to.dtype, aten._to_copy.default, aten.to.dtype_layout):
         return False
-    before, after = (n.meta["val"] for n in (node.all_input_nodes[0], node))
+    before, after = (VALUE.of(n) for n in (node.all_input_nodes[0], node))
     return before.is_floating_point() and after.is_floating_point() and before.device == after.device
 
 
@@ -215,7 +216,7 @@ def keeps_rows(node: fx.Node) -> bool:
     """Whether `node` is a view that merges or splits leading dimensions and leaves the last two as they are."""
     if node.target not in _VIEWS:
         return False
-    before, after = (n.meta["val"].shape for n in (node.all_input_nodes[0], node))
+    before, after = (VALUE.of(n).shape for n in (node.all_input_nodes[0], node))
     same_rows = min(len(before), len(after)) > 2 and statically_known_true(sym_eq(before[-2:], after[-2:]))
     return same_rows and statically_known_true(sym_eq(math.prod(before[:-2]), math.prod(after[:-2])))
 
@@ -231,7 +232,7 @@ def _term(node: fx.Node, operand: Any, role: Any, *, factor: float | None = 1.0,
         raise Refused("replaces masked scores by something that is not a number")
     if role != "add" and fill is not None and fill > HIDDEN:
         raise Refused(f"replaces masked scores by {fill:g}, which other scores may come near")
-    return Term(operand, role, node.meta["val"].shape, factor, -math.inf if fill is None else fill)
+    return Term(operand, role, VALUE.of(node).shape, factor, -math.inf if fill is None else fill)
 
 
 def _is_maximum_of(node: fx.Node, scores: fx.Node) -> bool:
@@ -245,17 +246,17 @@ def _is_maximum_of(node: fx.Node, scores: fx.Node) -> bool:
 def _per_head(node: fx.Node, num_heads: Any) -> fx.Node | None:
     """The tensor [H] that `node` [B, H, S, 1] repeats, if it does."""
     while node.target in (*_VIEWS, aten.expand.default, aten.expand_as.default) or is_cast(node):
-        shape = node.meta["val"].shape
+        shape = VALUE.of(node).shape
         if len(shape) == 1:
             break
         if node.target not in (aten.expand.default, aten.expand_as.default) and shape != (1, num_heads, 1, 1):
             return None
         node = node.all_input_nodes[0]
-    return node if tuple(node.meta["val"].shape) == (num_heads,) else None
+    return node if tuple(VALUE.of(node).shape) == (num_heads,) else None
 
 
 def _is_symbolic(node: fx.Node) -> bool:
-    return any(isinstance(arg.meta.get("val"), torch.SymInt) for arg in node.all_input_nodes)
+    return any(isinstance(VALUE.get(arg), torch.SymInt) for arg in node.all_input_nodes)
 
 
 def _node(value: Any) -> fx.Node:

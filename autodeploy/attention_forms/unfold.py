@@ -16,6 +16,7 @@ from autodeploy.attention_forms.evaluate import Refused
 from autodeploy.attention_forms.places import Value, Values, aten, compute, places_of
 from autodeploy.attention_forms.reshaped import reshaped
 from autodeploy.attention_forms.unfolder import Places, Rule, Unfolder, base_name, is_one
+from autodeploy.graph.meta import VALUE
 
 
 def unfolder(
@@ -45,11 +46,11 @@ def _is_pointwise(node: fx.Node, name: str) -> bool:
 
 
 def _pointwise(unfold: Unfolder, node: fx.Node, arguments: dict[str, Any], places: Places) -> Value:
-    recorded = node.meta["val"]
+    recorded = VALUE.of(node)
 
     def operand(arg: Any) -> Any:
         if isinstance(arg, fx.Node):
-            return unfold(arg, places) if isinstance(arg.meta.get("val"), Tensor) else unfold.number(arg)
+            return unfold(arg, places) if isinstance(VALUE.get(arg), Tensor) else unfold.number(arg)
         return arg
 
     args = [operand(arg) for arg in node.args]
@@ -62,7 +63,7 @@ def _pointwise(unfold: Unfolder, node: fx.Node, arguments: dict[str, Any], place
 
 
 def _arange(unfold: Unfolder, node: fx.Node, arguments: dict[str, Any], places: Places) -> Value:
-    dtype = node.meta["val"].dtype
+    dtype = VALUE.of(node).dtype
     start, step = unfold.number(arguments.get("start", 0)), unfold.static(arguments.get("step", 1))
     if not dtype.is_floating_point:
         return unfold.cast(unfold.as_value(unfold.shifted(places[0], start, step)), dtype)
@@ -77,7 +78,7 @@ def _fill(unfold: Unfolder, node: fx.Node, arguments: dict[str, Any], places: Pl
     filled = (
         int("ones" in name) if "ones" in name or "zeros" in name else arguments.get("fill_value", arguments.get("s"))
     )
-    recorded = node.meta["val"]
+    recorded = VALUE.of(node)
     entry = torch.full((1,) if recorded.dim() else (), unfold.static(filled), dtype=recorded.dtype)
     return unfold.values.constant(entry, *([0] if recorded.dim() else []))
 
@@ -87,12 +88,12 @@ def _same(unfold: Unfolder, node: fx.Node, arguments: dict[str, Any], places: Pl
 
 
 def _cast(unfold: Unfolder, node: fx.Node, arguments: dict[str, Any], places: Places) -> Value:
-    return unfold.cast(unfold(node.all_input_nodes[0], places), node.meta["val"].dtype)
+    return unfold.cast(unfold(node.all_input_nodes[0], places), VALUE.of(node).dtype)
 
 
 def _reshape(unfold: Unfolder, node: fx.Node, arguments: dict[str, Any], places: Places) -> Value:
     source = node.all_input_nodes[0]
-    sizes = node.meta["val"].shape, source.meta["val"].shape
+    sizes = VALUE.of(node).shape, VALUE.of(source).shape
     return unfold(source, reshaped(unfold.values, places, *sizes))
 
 
@@ -110,7 +111,7 @@ def _permute(unfold: Unfolder, node: fx.Node, arguments: dict[str, Any], places:
 
 def _select(unfold: Unfolder, node: fx.Node, arguments: dict[str, Any], places: Places) -> Value:
     source = node.all_input_nodes[0]
-    sizes = source.meta["val"].shape
+    sizes = VALUE.of(source).shape
     dim, index = arguments["dim"] % len(sizes), unfold.static(arguments["index"])
     index = index if index >= 0 else index + unfold.static(sizes[dim])
     return unfold(source, [*places[:dim], index, *places[dim:]])
@@ -118,7 +119,7 @@ def _select(unfold: Unfolder, node: fx.Node, arguments: dict[str, Any], places: 
 
 def _slice(unfold: Unfolder, node: fx.Node, arguments: dict[str, Any], places: Places) -> Value:
     source = node.all_input_nodes[0]
-    sizes = source.meta["val"].shape
+    sizes = VALUE.of(source).shape
     dim = arguments["dim"] % len(sizes)
     start = unfold.start(arguments["start"] or 0, sizes[dim])
     if isinstance(start, int) and start < 0:
@@ -129,7 +130,7 @@ def _slice(unfold: Unfolder, node: fx.Node, arguments: dict[str, Any], places: P
 
 def _repeat(unfold: Unfolder, node: fx.Node, arguments: dict[str, Any], places: Places) -> Value:
     source = node.all_input_nodes[0]
-    sizes = source.meta["val"].shape
+    sizes = VALUE.of(source).shape
     inner = list(places[len(places) - len(sizes) :])
     for dim, times in enumerate(arguments["repeats"][len(places) - len(sizes) :]):
         if not (isinstance(times, int) and times == 1) and not is_one(sizes[dim]):
@@ -147,7 +148,7 @@ def _repeat_interleave(unfold: Unfolder, node: fx.Node, arguments: dict[str, Any
 
 
 def _triangle(unfold: Unfolder, node: fx.Node, arguments: dict[str, Any], places: Places) -> Value:
-    values, dtype = unfold.values, node.meta["val"].dtype
+    values, dtype = unfold.values, VALUE.of(node).dtype
     row, column = map(unfold.as_value, places[-2:])
     distance = values.apply(aten.sub.Tensor, column, row, dtype=torch.int64)
     compare = aten.le.Scalar if base_name(node) == "tril" else aten.ge.Scalar
@@ -163,7 +164,7 @@ def _cumsum(unfold: Unfolder, node: fx.Node, arguments: dict[str, Any], places: 
     if not places_of(summed) <= {values.query}:
         raise Refused("cannot be asked: a sum along the sequence that differs from row to row")
     row_L = compute(summed, {values.query: torch.arange(unfold.longest)}).expand(unfold.longest)
-    sums_L = aten.cumsum.default(row_L, 0, dtype=node.meta["val"].dtype)
+    sums_L = aten.cumsum.default(row_L, 0, dtype=VALUE.of(node).dtype)
     return values.apply(within, sums_L, places[dim], dtype=sums_L.dtype)
 
 
@@ -175,7 +176,7 @@ def within(table: Tensor, index: Tensor) -> Tensor:
 
 
 def _cat(unfold: Unfolder, node: fx.Node, arguments: dict[str, Any], places: Places) -> Value:
-    return _joined(unfold, arguments["tensors"], arguments["dim"] % len(places), places, node.meta["val"].dtype)
+    return _joined(unfold, arguments["tensors"], arguments["dim"] % len(places), places, VALUE.of(node).dtype)
 
 
 def _joined(unfold: Unfolder, pieces: Sequence[fx.Node], dim: int, places: Places, dtype: torch.dtype) -> Value:
@@ -183,7 +184,7 @@ def _joined(unfold: Unfolder, pieces: Sequence[fx.Node], dim: int, places: Place
     first, *rest = pieces
     if not rest:
         return unfold.cast(unfold(first, places), dtype)
-    size, place = unfold.static(first.meta["val"].shape[dim]), places[dim]
+    size, place = unfold.static(VALUE.of(first).shape[dim]), places[dim]
 
     def entry(of: Sequence[fx.Node], at: Any) -> Value:
         return _joined(unfold, of, dim, [*places[:dim], at, *places[dim + 1 :]], dtype)
@@ -198,7 +199,7 @@ def _joined(unfold: Unfolder, pieces: Sequence[fx.Node], dim: int, places: Place
 
 
 def _diff(unfold: Unfolder, node: fx.Node, arguments: dict[str, Any], places: Places) -> Value:
-    dtype, dim = node.meta["val"].dtype, arguments["dim"] % len(places)
+    dtype, dim = VALUE.of(node).dtype, arguments["dim"] % len(places)
     if arguments["n"] != 1 or arguments["append"] is not None or dtype is torch.bool:
         raise Refused("cannot be asked: a difference of differences, or of bools")
     pieces = [arg for arg in (arguments["prepend"], arguments["self"]) if arg is not None]
@@ -211,9 +212,9 @@ def _diff(unfold: Unfolder, node: fx.Node, arguments: dict[str, Any], places: Pl
 
 def _index(unfold: Unfolder, node: fx.Node, arguments: dict[str, Any], places: Places) -> Value:
     source = arguments["self"]
-    ndim, indices = source.meta["val"].dim(), arguments["indices"]
+    ndim, indices = VALUE.of(source).dim(), arguments["indices"]
     chosen = [dim for dim, index in enumerate(indices) if index is not None]
-    num_common = max(indices[dim].meta["val"].dim() for dim in chosen)
+    num_common = max(VALUE.of(indices[dim]).dim() for dim in chosen)
     is_together = chosen == list(range(chosen[0], chosen[-1] + 1))
     start = chosen[0] if is_together else 0
     common = places[start : start + num_common]
@@ -222,7 +223,7 @@ def _index(unfold: Unfolder, node: fx.Node, arguments: dict[str, Any], places: P
     for dim in range(ndim):
         if dim not in chosen:
             inner.append(next(others))
-        elif indices[dim].meta["val"].dtype in (torch.bool, torch.uint8):
+        elif VALUE.of(indices[dim]).dtype in (torch.bool, torch.uint8):
             raise Refused("cannot be asked: it is chosen by a mask")
         else:
             inner.append(unfold(indices[dim], common))

@@ -12,6 +12,7 @@ from torch.utils._sympy.functions import Max
 
 from autodeploy.attention_forms.evaluate import Evaluator, Refused
 from autodeploy.attention_forms.places import Value, Values, aten, number
+from autodeploy.graph.meta import VALUE
 
 _MAX_CONSTANT = 1 << 26  # entries of a tensor that is computed to be looked up in; 64 MB as bool
 Places = Sequence[Any]  # a value or an int per dimension
@@ -48,7 +49,7 @@ class Unfolder:
 
     def __call__(self, node: fx.Node, places: Places) -> Value:
         """The entry of `node` at `places`, the last of which belong to its dimensions. Raises Refused."""
-        recorded = node.meta.get("val")
+        recorded = VALUE.get(node)
         if node not in self._known or not isinstance(recorded, Tensor):
             raise Refused(f"cannot be asked: {node.name} is not known to depend on positions alone")
         # The only entry of a dimension of size one is its first.
@@ -84,7 +85,7 @@ class Unfolder:
         return self._fixed[node]
 
     def _is_fixed(self, node: fx.Node) -> bool:
-        recorded = node.meta.get("val")
+        recorded = VALUE.get(node)
         if not isinstance(recorded, Tensor):
             return isinstance(recorded, int | float)
         if (
@@ -108,7 +109,7 @@ class Unfolder:
 
     def number(self, arg: Any) -> Any:
         """A number among the arguments of a node: itself, or a value where it depends on the sequence's length."""
-        value = arg.meta.get("val") if isinstance(arg, fx.Node) else arg
+        value = VALUE.get(arg) if isinstance(arg, fx.Node) else arg
         if isinstance(value, torch.SymInt):
             return self._linear(value.node.expr)
         if not isinstance(value, int | float):
@@ -117,7 +118,7 @@ class Unfolder:
 
     def start(self, arg: Any, size: Any) -> Any:
         """Where a slice of a dimension of `size` starts, which `number` tells, or behind all but the last S entries."""
-        value = arg.meta.get("val") if isinstance(arg, fx.Node) else arg
+        value = VALUE.get(arg) if isinstance(arg, fx.Node) else arg
         if isinstance(value, torch.SymInt) and isinstance(size, int) and isinstance(value.node.expr, Max):
             length = self._length.node.expr if isinstance(self._length, torch.SymInt) else None
             # Sequences longer than `size` would need more entries than there are: the graph has none.

@@ -1,7 +1,7 @@
 """Causal convolution by the package causal-conv1d, where it is installed.
 
 A decode step updates the states in place. For longer rows the package has nothing that begins with several cached
-states, so that tokens and states are gathered into one stream (`metadata/fields_conv1d.py`).
+states, so that tokens and states are gathered into one stream (`metadata/conv1d_fields.py`).
 
 Shapes: S sequences, T packed tokens, C channels, N taps.
 """
@@ -14,8 +14,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from autodeploy.kernels import conv1d_fields, torch_fields
 from autodeploy.kernels.reference import conv_state_cache
-from autodeploy.metadata import fields, fields_conv1d, fields_torch
+from autodeploy.metadata import fields
 from autodeploy.ops.spec import Backend, CacheSpec, Site
 
 _DTYPES = (torch.float16, torch.bfloat16, torch.float32)
@@ -93,11 +94,11 @@ class PackageCausalConv1d(Backend):
         taps = site.params["kernel_size"]
         return {
             "state_slots": fields.state_slots(layout),
-            "updated_slots": fields_conv1d.updated_slots(layout),
-            "fresh_slots": fields_conv1d.fresh_slots(layout),
-            "stream_indices": fields_conv1d.conv_stream_indices(layout, num_tokens, taps),
-            "stream_places": fields_conv1d.conv_stream_places(layout, num_tokens, taps),
-            "state_indices": fields_torch.conv_state_indices(layout, num_tokens, taps),
+            "updated_slots": conv1d_fields.updated_slots(layout),
+            "fresh_slots": conv1d_fields.fresh_slots(layout),
+            "stream_indices": conv1d_fields.conv_stream_indices(layout, num_tokens, taps),
+            "stream_places": conv1d_fields.conv_stream_places(layout, num_tokens, taps),
+            "state_indices": torch_fields.conv_state_indices(layout, num_tokens, taps),
         }
 
     def call(

@@ -12,11 +12,11 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from autodeploy.kernels.support import power_of_two
+from autodeploy.kernels.torch_fields import NO_WINDOW
 from autodeploy.kernels.triton_fields import fields_kernel, num_places, num_programs, slot_words
-from autodeploy.kernels.triton_support import power_of_two
-from autodeploy.metadata.fields_torch import NO_WINDOW
+from autodeploy.metadata.field import FieldLauncher, FieldRequest
 from autodeploy.metadata.layout import NUM_FIXED_COLUMNS
-from autodeploy.ops.spec import FieldLauncher, FieldRequest
 
 # Tokens above which a step is long beside this launch, so that programs may take more places and fewer rows at once.
 _MANY_TOKENS = 4096

@@ -17,9 +17,9 @@ import torch
 from torch import Tensor
 
 from autodeploy.errors import UnsupportedFeature
-from autodeploy.kernels import triton_support
+from autodeploy.kernels import flashinfer_fields, support
 from autodeploy.kernels.paged import PagedAttention
-from autodeploy.metadata import fields, fields_flashinfer
+from autodeploy.metadata import fields
 from autodeploy.ops.spec import Backend, Site
 
 # The wrappers' module-level functions, which take a plan as an argument, have the same parameters in these versions.
@@ -196,7 +196,7 @@ class FlashInferAttention(PagedAttention):
     op = torch.ops.autodeploy.flashinfer_paged_attention.default
 
     def why_not(self, site: Site) -> str | None:
-        refused = super().why_not(site) or triton_support.why_not(site.device) or _why_not_installed()
+        refused = super().why_not(site) or support.why_not(site.device) or _why_not_installed()
         if refused is not None:
             return refused
         p = site.params
@@ -215,10 +215,10 @@ class FlashInferAttention(PagedAttention):
         # A tile may begin before the window, where pages that were given back hold anything.
         if site.window is None:
             page_indptr = fields.kv_page_indptr(layout, site.page_size)
-            page_indices = fields_flashinfer.kv_page_indices(layout, *pages)
+            page_indices = flashinfer_fields.kv_page_indices(layout, *pages)
         else:
-            page_indptr = fields_flashinfer.seen_page_indptr(layout, site.page_size, site.window)
-            page_indices = fields_flashinfer.seen_page_indices(layout, *pages, site.window)
+            page_indptr = flashinfer_fields.seen_page_indptr(layout, site.page_size, site.window)
+            page_indices = flashinfer_fields.seen_page_indices(layout, *pages, site.window)
         lengths = {
             "cu_seqlens_q": fields.cu_seqlens_q(layout),
             "page_indptr": page_indptr,

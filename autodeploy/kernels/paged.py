@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from autodeploy.ops.registry import supports_dtype
+from autodeploy.kernels.support import supports_dtype
 from autodeploy.ops.spec import Backend, CacheSpec, Site
 
 

@@ -12,10 +12,10 @@ import torch
 from torch import Tensor
 
 from autodeploy.kernels.paged import PagedAttention
+from autodeploy.kernels.support import supports_dtype
 from autodeploy.metadata import fields
-from autodeploy.ops.attention import attend
-from autodeploy.ops.causal_conv1d import convolve
-from autodeploy.ops.registry import supports_dtype
+from autodeploy.ops.kinds.attention import attend
+from autodeploy.ops.kinds.causal_conv1d import convolve
 from autodeploy.ops.spec import Backend, CacheSpec, Site
 
 

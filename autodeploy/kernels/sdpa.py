@@ -16,9 +16,10 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from autodeploy.kernels import torch_fields
 from autodeploy.kernels.paged import PagedAttention
-from autodeploy.metadata import fields, fields_torch
-from autodeploy.metadata.fields_torch import NO_WINDOW
+from autodeploy.kernels.torch_fields import NO_WINDOW
+from autodeploy.metadata import fields
 from autodeploy.ops.spec import Backend, Site
 
 # Keys and values that are gathered at once. Between 1 and 16 MiB the speed is the same; above 32 MiB glibc maps fresh
@@ -212,12 +213,12 @@ class SdpaAttention(PagedAttention):
         heads, window = site.params["num_kv_heads"], site.window or NO_WINDOW
         pages = (site.group, site.num_groups, site.page_size)
         return {
-            "head_slots": fields_torch.head_slots(layout, num_tokens, *pages, heads),
+            "head_slots": torch_fields.head_slots(layout, num_tokens, *pages, heads),
             "block_table": fields.block_table(layout, site.group, site.num_groups),
             "seq_lens": fields.seq_lens(layout),
             "cu_seqlens_q": fields.cu_seqlens_q(layout),
-            "decode_pages": fields_torch.decode_pages(layout, *pages, heads, window),
-            "decode_mask": fields_torch.decode_mask(layout, *pages[1:], window),
+            "decode_pages": torch_fields.decode_pages(layout, *pages, heads, window),
+            "decode_mask": torch_fields.decode_mask(layout, *pages[1:], window),
         }
 
 

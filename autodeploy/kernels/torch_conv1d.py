@@ -12,9 +12,10 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from autodeploy.kernels import torch_fields
 from autodeploy.kernels.reference import conv_state_cache
-from autodeploy.metadata import fields, fields_torch
-from autodeploy.ops.registry import supports_dtype
+from autodeploy.kernels.support import supports_dtype
+from autodeploy.metadata import fields
 from autodeploy.ops.spec import Backend, CacheSpec, Site
 
 
@@ -33,8 +34,8 @@ class TorchCausalConv1d(Backend):
         taps = site.params["kernel_size"]
         return {
             "state_slots": fields.state_slots(layout),
-            "window_indices": fields_torch.conv_window_indices(layout, num_tokens, taps),
-            "state_indices": fields_torch.conv_state_indices(layout, num_tokens, taps),
+            "window_indices": torch_fields.conv_window_indices(layout, num_tokens, taps),
+            "state_indices": torch_fields.conv_state_indices(layout, num_tokens, taps),
         }
 
     def call(

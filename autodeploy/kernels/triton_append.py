@@ -12,7 +12,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from autodeploy.kernels.triton_support import power_of_two
+from autodeploy.kernels.support import power_of_two
 
 _TOKENS = 16
 

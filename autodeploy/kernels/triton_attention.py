@@ -10,13 +10,13 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from autodeploy.kernels import triton_support
+from autodeploy.kernels import support, tile_fields
 from autodeploy.kernels.paged import PagedAttention
 from autodeploy.kernels.triton_append import append
 from autodeploy.kernels.triton_decode import decode
 from autodeploy.kernels.triton_prefill import prefill, tile_tokens
 from autodeploy.kernels.triton_softmax import Scoring
-from autodeploy.metadata import fields, fields_tiles
+from autodeploy.metadata import fields
 from autodeploy.ops.spec import CacheSpec, Site
 
 _DTYPES = (torch.float16, torch.bfloat16, torch.float32)
@@ -92,7 +92,7 @@ class TritonAttention(PagedAttention):
             self.meaning = f"{self.meaning}, over a cache in {cache_dtype}".replace("torch.", "")
 
     def why_not(self, site: Site) -> str | None:
-        refused = super().why_not(site) or triton_support.why_not(site.device)
+        refused = super().why_not(site) or support.why_not(site.device)
         if refused is not None:
             return refused
         if site.dtype not in _DTYPES:
@@ -115,7 +115,7 @@ class TritonAttention(PagedAttention):
             "block_table": fields.block_table(layout, site.group, site.num_groups),
             "seq_lens": fields.seq_lens(layout),
             "cu_seqlens_q": fields.cu_seqlens_q(layout),
-            "query_tiles": fields_tiles.query_tiles(layout, num_tokens, tile_tokens(group_size, site.dtype)),
+            "query_tiles": tile_fields.query_tiles(layout, num_tokens, tile_tokens(group_size, site.dtype)),
         }
 
 

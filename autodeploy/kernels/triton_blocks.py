@@ -6,7 +6,7 @@ from functools import cache
 
 import torch
 
-from autodeploy.kernels.triton_support import power_of_two
+from autodeploy.kernels.support import power_of_two
 
 # What is assumed of a GPU that is not there: an H100.
 _MULTIPROCESSORS, _SHARED_BYTES = 132, 232448

@@ -17,9 +17,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from autodeploy.kernels import triton_support
+from autodeploy.kernels import support
 from autodeploy.kernels.reference import conv_state_cache
-from autodeploy.kernels.triton_support import power_of_two
+from autodeploy.kernels.support import power_of_two
 from autodeploy.metadata import fields
 from autodeploy.ops.spec import Backend, CacheSpec, Site
 
@@ -214,7 +214,7 @@ class TritonCausalConv1d(Backend):
     meaning = "Triton kernels: one launch for a decode step, two for longer rows"
 
     def why_not(self, site: Site) -> str | None:
-        if reason := triton_support.why_not(site.device):
+        if reason := support.why_not(site.device):
             return reason
         if site.dtype not in _DTYPES:
             return f"{site.dtype} is not among float16, bfloat16 and float32".replace("torch.", "")

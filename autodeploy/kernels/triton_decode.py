@@ -19,6 +19,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from autodeploy.kernels.support import power_of_two
 from autodeploy.kernels.triton_blocks import block_keys, num_splits, shared_bytes
 from autodeploy.kernels.triton_softmax import (
     LOWEST,
@@ -29,7 +30,6 @@ from autodeploy.kernels.triton_softmax import (
     squash,
     store_heads,
 )
-from autodeploy.kernels.triton_support import power_of_two
 
 
 @triton.jit

@@ -18,11 +18,14 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from autodeploy.kernels.triton_support import power_of_two
+from autodeploy.kernels import support
+from autodeploy.kernels.support import power_of_two
+from autodeploy.ops.linear import Provider
 
 # Above, libraries do as well: the input, which every program reads, is then no longer small beside the weights.
 MAX_ROWS = 64
 _MAX_LAYERS = 4
+_DTYPES = (torch.float16, torch.bfloat16)
 _MIN_ROWS = 16 if torch.version.hip else 8  # what matrix units take at least
 _MOST_STAGES = 6
 
@@ -165,3 +168,24 @@ def load_inputs(x_ptr, m, k, M, K: tl.constexpr, BLOCK_K: tl.constexpr):
 def store(out_ptr, acc, m, n, M, N):
     inside = (m[None, :] < M) & (n[:, None] < N)
     tl.store(out_ptr + m[None, :] * N + n[:, None], acc.to(out_ptr.dtype.element_ty), mask=inside)
+
+
+class TritonLinear:
+    name = "triton"
+    takes_siblings = True
+
+    def why_not(self, weight: Tensor) -> str | None:
+        if weight.dtype not in _DTYPES:
+            return f"its weight is {weight.dtype}, not half precision"
+        return support.why_not(weight.device) or (None if weight.is_contiguous() else "its weight is not contiguous")
+
+    def takes(self, input: Tensor) -> bool:
+        if input.dtype not in _DTYPES or support.why_not(input.device):
+            return False
+        return 0 < input.shape[:-1].numel() <= MAX_ROWS
+
+    def run(self, input: Tensor, weights: list[Tensor], bias: Tensor | None = None) -> list[Tensor]:
+        return launch(input, weights, bias)
+
+
+PROVIDERS: tuple[Provider, ...] = (TritonLinear(),)

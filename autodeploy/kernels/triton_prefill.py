@@ -17,9 +17,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from autodeploy.kernels.support import power_of_two
 from autodeploy.kernels.triton_blocks import block_keys, shared_bytes
 from autodeploy.kernels.triton_softmax import LOWEST, Scoring, attend_range, load_sinks, load_slopes, store_heads
-from autodeploy.kernels.triton_support import power_of_two
 
 
 def tile_tokens(group_size: int, dtype: torch.dtype) -> int:

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from autodeploy.kernels import triton_support
+from autodeploy.kernels import support
 from autodeploy.kernels.paged import PagedAttention
 from autodeploy.metadata import fields
 from autodeploy.ops.spec import Backend, Site
@@ -105,7 +105,7 @@ class VarlenAttention(PagedAttention):
     op = torch.ops.autodeploy.varlen_paged_attention.default
 
     def why_not(self, site: Site) -> str | None:
-        refused = super().why_not(site) or triton_support.why_not(site.device) or _why_not_here(site)
+        refused = super().why_not(site) or support.why_not(site.device) or _why_not_here(site)
         return refused or _why_not_kernel(site)
 
     def metadata(self, layout: Tensor, num_tokens: int, site: Site) -> dict[str, Tensor]:

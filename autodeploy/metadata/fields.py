@@ -1,7 +1,4 @@
-"""The catalogue: every tensor that can be derived from the layout, each by one plain formula.
-
-A field is an op in the namespace `autodeploy_field` whose body *is* its formula, so that it is a leaf in FX graphs
-(equal fields merge by name and parameters) and ordinary ATen once Inductor sees it.
+"""The fields of the batch, which any backend may read.
 
 Shapes: S sequences, T packed tokens (padding included), P pages per sequence, p page size, L = P * p.
 Padding rows have query_len = context_len = 0; padding tokens are those from cu_seqlens_q[S] on.
@@ -9,118 +6,11 @@ Padding rows have query_len = context_len = 0; padding tokens are those from cu_
 
 from __future__ import annotations
 
-import inspect
-from collections.abc import Callable
-from dataclasses import dataclass
-from functools import cache
-from importlib import import_module
-from importlib.metadata import entry_points
-from typing import Any
-
 import torch
-from torch import Tensor, fx
-from torch.fx.proxy import GraphAppendingTracer, Proxy
+from torch import Tensor
 
-from autodeploy import values
-from autodeploy.dependence import find_scalars
-from autodeploy.errors import OptionError, UnknownName
+from autodeploy.metadata.field import field
 from autodeploy.metadata.layout import CONTEXT_LEN, NUM_FIXED_COLUMNS, QUERY_LEN, STATE_SLOT
-
-NAMESPACE = "autodeploy_field"
-_library = torch.library.Library(NAMESPACE, "DEF")
-_catalogue: dict[str, Field] = {}
-
-
-@dataclass(frozen=True)
-class Field:
-    """One entry of the catalogue.
-
-    `shape` is in the letters above; `depends` is what the value depends on beside the batch itself: any of "P" (page
-    size), "G" (KV group), "W" (window), "H" (head configuration or kernel size); `padding` says what padding rows or
-    tokens hold.
-    """
-
-    name: str
-    formula: Callable[..., Tensor]
-    op: torch._ops.OpOverload
-    shape: str
-    depends: str
-    padding: str
-    meaning: str
-    device: str = "device"
-
-
-def field(
-    *, shape: str, depends: str = "", padding: str = "", device: str = "device"
-) -> Callable[..., Callable[..., Tensor]]:
-    """Register a formula as a field and return the op that computes it.
-
-    The formula takes `layout` [S, C] int32 first, then `num_tokens` where it makes something per token, then int
-    parameters; its docstring's first line is its meaning. It must be pure, in plain torch, with annotations.
-    """
-
-    def register(formula: Callable[..., Tensor]) -> Callable[..., Tensor]:
-        name = formula.__name__
-        if name in _catalogue:
-            raise OptionError(f"field {name!r} is registered twice", where=inspect.getfile(formula), fix="rename it")
-        schema = torch.library.infer_schema(formula, mutates_args=())
-        _library.define(f"{name}{schema}")
-        _library.impl(name, formula, "CompositeImplicitAutograd")
-        op = getattr(getattr(torch.ops, NAMESPACE), name).default
-        values.formulas[op] = formula
-        meaning = (formula.__doc__ or name).strip().splitlines()[0]
-        _catalogue[name] = Field(name, formula, op, shape, depends, padding, meaning, device)
-        return op
-
-    return register
-
-
-@cache
-def _load() -> None:
-    import_module("autodeploy.metadata.fields_torch")
-    import_module("autodeploy.metadata.fields_tiles")
-    import_module("autodeploy.metadata.fields_flashinfer")
-    import_module("autodeploy.metadata.fields_conv1d")
-    for point in entry_points(group="autodeploy.fields"):
-        point.load()
-
-
-def catalogue() -> tuple[Field, ...]:
-    """Every registered field, ours first."""
-    _load()
-    return tuple(_catalogue.values())
-
-
-def get(name: str) -> Field:
-    """The field called `name`; raises UnknownName."""
-    _load()
-    if name not in _catalogue:
-        raise UnknownName("field", name, _catalogue)
-    return _catalogue[name]
-
-
-def of_op(op: object) -> Field:
-    """The field that an FX node's target computes."""
-    return next(entry for entry in _catalogue.values() if entry.op is op)
-
-
-@cache
-def num_ops(target: Any) -> int:
-    """How many torch ops a node with this target comes to: 1, or those of its formula where it is a field."""
-    if not is_field(target):
-        return 1
-    formula = of_op(target).formula
-    graph = fx.Graph()
-    tracer = GraphAppendingTracer(graph)
-    formula(*(Proxy(graph.placeholder(name), tracer) for name in inspect.signature(formula).parameters))
-    scalars = find_scalars(graph)
-    ops = [node for node in graph.nodes if node.op in ("call_function", "call_method") and node not in scalars]
-    return sum(num_ops(node.target) for node in ops)
-
-
-def is_field(target: object) -> bool:
-    """Whether an FX node's target is a field."""
-    return isinstance(target, torch._ops.OpOverload) and target.namespace == NAMESPACE
 
 
 @field(shape="[S] int32", padding="0")

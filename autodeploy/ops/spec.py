@@ -7,9 +7,9 @@ A *kind* says what one sort of attention node means (one file in `ops/`); a *bac
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor, fx
@@ -99,22 +99,3 @@ class Backend(ABC):
         self, tensors: tuple[Any, ...], caches: tuple[Tensor, ...], metadata: dict[str, Tensor], site: Site
     ) -> Tensor:
         """Write this step's tokens to `caches`, and return what the canonical op would have for the packed batch."""
-
-
-class FieldRequest(NamedTuple):
-    """A field by name, with those of its parameters that are neither the layout nor the number of tokens, in order."""
-
-    name: str
-    parameters: tuple[int, ...]
-
-
-class FieldLauncher(Protocol):
-    """Computes many fields by one launch: what a device has where its formulas, lowered one by one, would be slow."""
-
-    def supports(self, request: FieldRequest) -> bool:
-        """Whether a launch can compute this field."""
-        ...
-
-    def launch(self, layout: Tensor, num_tokens: int, requests: Sequence[FieldRequest]) -> list[Tensor]:
-        """The fields asked for, each equal to its formula; written for proxies, like `Backend.metadata`."""
-        ...

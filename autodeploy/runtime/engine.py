@@ -11,11 +11,11 @@ from typing import NamedTuple
 import numpy as np
 import torch
 
-from autodeploy.arguments import integer
 from autodeploy.errors import AutodeployError, OptionError
 from autodeploy.metadata.layout import LayoutSpec
 from autodeploy.metadata.nest import Nested
 from autodeploy.ops.spec import CacheSpec
+from autodeploy.options import integer
 from autodeploy.runtime.buckets import MIN_SIZE, StepSizes, captured_sizes, padded_sizes
 from autodeploy.runtime.caches import allocate_caches, check_memory
 from autodeploy.runtime.capture import CapturedStep, CudaGraphs, Graphs, Step

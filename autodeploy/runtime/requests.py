@@ -10,8 +10,8 @@ from typing import Any, Literal
 import numpy as np
 import torch
 
-from autodeploy.arguments import flag, integer, number, refusal
 from autodeploy.errors import AutodeployError, RequestFailed
+from autodeploy.options import flag, integer, number, refusal
 from autodeploy.runtime.detokenizer import Detokenizer
 
 FinishReason = Literal["stop", "length", "cancelled", "error"]

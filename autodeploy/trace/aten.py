@@ -20,6 +20,7 @@ from torch.fx.graph import CodeGen
 from torch.utils import _pytree as pytree
 
 from autodeploy.errors import TraceError
+from autodeploy.graph.meta import EXAMPLE_VALUE, VALUE
 
 
 def from_dynamo(gm: fx.GraphModule) -> fx.GraphModule:
@@ -29,7 +30,7 @@ def from_dynamo(gm: fx.GraphModule) -> fx.GraphModule:
     a graph without the fake values that Dynamo leaves on it.
     """
     inputs = gm.graph.find_nodes(op="placeholder")
-    values = [node.meta.get("example_value", node.meta.get("val")) for node in inputs]
+    values = [EXAMPLE_VALUE.get(node, VALUE.get(node)) for node in inputs]
     # Not that of the tracing context: Dynamo gives backends a fake mode other than the one it traced in.
     mode = next((value.fake_mode for value in values if isinstance(value, FakeTensor)), None)
     if mode is None or any(value is None for value in values):
@@ -38,7 +39,7 @@ def from_dynamo(gm: fx.GraphModule) -> fx.GraphModule:
         traced = make_fx(fx.Interpreter(gm).run, pre_dispatch=True, _allow_non_fake_inputs=True)(*values)
     for old, new in zip(inputs, traced.graph.find_nodes(op="placeholder"), strict=True):
         new.name, new.target = old.name, old.target
-        new.meta = {key: value for key, value in old.meta.items() if key != "example_value"} | {"val": new.meta["val"]}
+        new.meta = {key: value for key, value in old.meta.items() if key != "example_value"} | {"val": VALUE.of(new)}
     traced.recompile()
     return traced
 
@@ -58,12 +59,12 @@ def from_export(program: ExportedProgram, pick: Callable[[Any], Any] | None = No
     assert spec is not None
     returned = pytree.tree_unflatten(list(leaves), spec)
     picked = pick(returned) if pick else getattr(returned, "logits", leaves[0])
-    if not isinstance(picked, fx.Node) or not isinstance(picked.meta["val"], Tensor):
+    if not isinstance(picked, fx.Node) or not isinstance(VALUE.of(picked), Tensor):
         raise TraceError(f"the exported module returns {type(returned).__name__}, not a tensor")
     output.args = (picked,)
     graph.set_codegen(CodeGen())
     graph.eliminate_dead_code()
     for node in graph.find_nodes(op="placeholder"):
-        if not node.users and not isinstance(node.meta["val"], Tensor):
+        if not node.users and not isinstance(VALUE.of(node), Tensor):
             graph.erase_node(node)
     return fx.GraphModule(module, graph)

@@ -18,16 +18,16 @@ from torch.fx.graph import CodeGen
 from torch.utils import _pytree as pytree
 from torch.utils._sympy.numbers import int_oo
 
-from autodeploy.aliasing import storages
-from autodeploy.equality import mark_constants
-from autodeploy.errors import AutodeployError, NoAttentionFound, TraceError, UnsupportedFeature, node_location
-from autodeploy.graph import NUM_POSITIONS
-from autodeploy.ops.registry import kind_of
+from autodeploy.errors import AutodeployError, NoAttentionFound, TraceError, UnsupportedFeature
+from autodeploy.graph.aliasing import storages
+from autodeploy.graph.equality import mark_constants
+from autodeploy.graph.location import node_location
+from autodeploy.graph.meta import NUM_POSITIONS, TRACE_SECONDS, VALUE
+from autodeploy.ops.kinds import kind_of
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-TRACE_SECONDS = "autodeploy_trace_seconds"  # meta of the traced module: how long it took
 # Any two sizes above one that differ: they become symbols.
 _EXAMPLE_SHAPE = (2, 12)
 _NEAR_MISSES = ("scaled_dot_product_attention", "softmax", "bmm", "matmul", "conv1d", "baddbmm")
@@ -56,8 +56,8 @@ def trace(model: PreTrainedModel) -> fx.GraphModule:
     _check_attention(gm, model)
     num_positions = getattr(model.config.get_text_config(), "max_position_embeddings", None)
     if num_positions:
-        gm.meta[NUM_POSITIONS] = num_positions
-    gm.meta[TRACE_SECONDS] = time.perf_counter() - start
+        NUM_POSITIONS.set(gm, num_positions)
+    TRACE_SECONDS.set(gm, time.perf_counter() - start)
     return gm
 
 
@@ -111,7 +111,7 @@ def _logits(output: fx.Node, program: ExportedProgram, model: nn.Module) -> fx.N
     assert isinstance(leaves, (tuple, list))
     assert spec is not None
     logits = getattr(pytree.tree_unflatten(list(leaves), spec), "logits", None)
-    if not isinstance(logits, fx.Node) or logits.meta["val"].ndim != 3:
+    if not isinstance(logits, fx.Node) or VALUE.of(logits).ndim != 3:
         raise TraceError(f"{type(model).__name__} does not return logits for every token", fix=_LOAD_WITH)
     return logits
 

@@ -14,7 +14,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from autodeploy.attention_forms.asked import LARGEST
 from autodeploy.errors import UnsupportedFeature
-from autodeploy.ops.attention import attention
+from autodeploy.ops.kinds.attention import attention
 from autodeploy.trace.mask import Mask, MaskFunction, mask_marker, read_mask
 
 IMPLEMENTATION = "autodeploy_trace"

@@ -22,7 +22,8 @@ from autodeploy.attention_forms.evaluate import Refused, learn
 from autodeploy.attention_forms.places import Values
 from autodeploy.attention_forms.square import Square
 from autodeploy.attention_forms.unfold import unfolder
-from autodeploy.graph import get_attribute
+from autodeploy.graph.edit import get_attribute
+from autodeploy.graph.meta import VALUE
 
 MaskFunction = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
 _QUERIES, _KEYS = 5, 7  # any two sizes above one that differ
@@ -84,7 +85,7 @@ def _read_form(gm: fx.GraphModule, num_positions: int) -> Seen | None:
     places = (values.place("batch"), values.place("head"), values.query, values.key)
     inputs = dict(zip(gm.graph.find_nodes(op="placeholder"), places, strict=True))
     for node in gm.graph.find_nodes(op="get_attr"):
-        node.meta["val"] = get_attribute(gm, str(node.target))
+        VALUE.set(node, get_attribute(gm, str(node.target)))
     unfold = unfolder(gm, learn(gm, inputs).known, values, None, num_positions, inputs=inputs)
     (result,) = gm.graph.output_node().all_input_nodes
     square = Square(values, num_positions)

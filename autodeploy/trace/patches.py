@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedConfig, PreTrainedModel, masking_utils
 
 from autodeploy.errors import UnsupportedFeature
-from autodeploy.ops.causal_conv1d import causal_conv1d
+from autodeploy.ops.kinds.causal_conv1d import causal_conv1d
 from autodeploy.trace.interface import IMPLEMENTATION, registered
 
 _SETTINGS: dict[str, object] = {

@@ -15,13 +15,12 @@ from typing import Protocol, Self
 from torch import fx
 
 from autodeploy.errors import OptionError
+from autodeploy.graph.meta import NODE_ID
 from autodeploy.viz.infer import infer_fates
 from autodeploy.viz.links import Links
 from autodeploy.viz.read import graphs_of
 from autodeploy.viz.snapshot import Snapshot
 from autodeploy.viz.trace import Stage, Trace
-
-_ID = "autodeploy_node_id"  # meta of every node of a watched graph, as of the end of the last pass
 
 
 class Step(Protocol):
@@ -80,7 +79,7 @@ class Recorder:
         if self._running is not None:
             self._finish(error=_first_line(error) if error else "not finished")
         for node in self._ids:
-            node.meta.pop(_ID, None)
+            NODE_ID.take(node)
 
     def trace(self) -> Trace:
         """All stages so far, the graph before the first pass included. Raises OptionError where no pass ran."""
@@ -112,7 +111,7 @@ class Recorder:
         self._number(gm)
         nodes = _nodes(gm)
         for node in nodes:
-            node.meta[_ID] = self._ids[node]
+            NODE_ID.set(node, self._ids[node])
         return Snapshot.of(gm, title, self._id)
 
     def _id(self, node: fx.Node) -> int:
@@ -133,14 +132,14 @@ class Recorder:
         origins: dict[int, tuple[int, ...]] = {}
         # First in called graphs: what takes a result out of one may look like a node that has moved into it.
         for node in sorted((node for node in nodes if node not in self._ids), key=lambda node: node.graph is gm.graph):
-            source = node.meta.get(_ID)
+            source = NODE_ID.get(node)
             if source is None and node.op == "output":
                 source = next((id for id in free if old[id].op == "output"), None)
             if source in free and (old[source].op, old[source].target) == (node.op, node.target):
                 free.discard(source)
                 self._ids[node] = source
         for node in [node for node in nodes if node not in self._ids]:
-            source = node.meta.get(_ID)
+            source = NODE_ID.get(node)
             self._ids[node] = next(self._numbers)
             if source in old:
                 origins[self._ids[node]] = (source,)

@@ -10,8 +10,8 @@ from typing import Any
 import torch
 from torch import fx
 
-from autodeploy.errors import module_path
-from autodeploy.graph import ROLE
+from autodeploy.graph.location import module_path
+from autodeploy.graph.meta import MODULE_STACK, ROLE, STACK_TRACE
 from autodeploy.viz.arguments import Argument, Arguments, plain_text, read_argument
 from autodeploy.viz.node import Node
 from autodeploy.viz.values import read_values, value_leaves
@@ -80,7 +80,7 @@ def _read_node(node: fx.Node, graph: str, owner: fx.GraphModule, id_of: IdOf, si
         graph=graph,
         module=path,
         module_type=kind,
-        source=_source(str(node.meta.get("stack_trace") or "")),
+        source=_source(str(STACK_TRACE.get(node) or "")),
         role=_role(node, attribute),
         free=node in sizes or _is_free(node, sizes),
     )
@@ -132,7 +132,7 @@ def _module(node: fx.Node) -> tuple[str, str]:
         return str(node.target).rpartition(".")[0], ""
     if not path or path == _NO_MODULE:
         return "", ""
-    kind = list(node.meta["nn_module_stack"].values())[-1][1]
+    kind = list(MODULE_STACK.of(node).values())[-1][1]
     name = kind if isinstance(kind, str) else kind.__qualname__
     # Dynamo writes L['self'].layers.0
     return path.partition("].")[2] if path.startswith("L[") else path, name.rpartition(".")[2]
@@ -158,7 +158,7 @@ def _source(trace: str) -> str:
 def _role(node: fx.Node, attribute: Any) -> str:
     if node.op == "get_attr" and isinstance(attribute, torch.Tensor):
         return "weight" if isinstance(attribute, torch.nn.Parameter) else "constant"
-    return str(node.meta.get(ROLE, ""))
+    return str(ROLE.get(node, ""))
 
 
 def _is_free(node: fx.Node, sizes: set[fx.Node]) -> bool:

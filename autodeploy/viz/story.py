@@ -6,7 +6,7 @@ from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass
 
-from autodeploy.graph import PREPARE
+from autodeploy.graph.edit import PREPARE
 from autodeploy.viz.arguments import Ref
 from autodeploy.viz.classify import Entry
 from autodeploy.viz.node import Node

@@ -12,7 +12,8 @@ import torch
 from torch import fx
 from torch.fx.passes.shape_prop import TensorMetadata
 
-from autodeploy import sizes
+from autodeploy.graph import sizes
+from autodeploy.graph.meta import EXAMPLE_VALUE, TENSOR_META, VALUE
 
 _SHORT = {"float": "f", "bfloat": "bf", "int": "i", "uint": "u", "complex": "c"}
 _ATOM = re.compile(r"\w+|\([^()]*\)")  # what a product can be written of as it is
@@ -42,9 +43,9 @@ class Value:
 
 def read_values(node: fx.Node) -> tuple[Value, ...]:
     """The outputs that `node` is known to have, none where nothing was recorded."""
-    for key in ("val", "example_value", "tensor_meta"):
-        if key in node.meta:
-            return value_leaves(node.meta[key])
+    for key in (VALUE, EXAMPLE_VALUE, TENSOR_META):
+        if key.on(node):
+            return value_leaves(key.of(node))
     return ()
 
 
