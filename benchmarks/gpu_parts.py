@@ -20,6 +20,7 @@ from autodeploy.graph.meta import ROLE, SITE
 from autodeploy.kernels.registry import backends
 from autodeploy.metadata import fields
 from autodeploy.metadata.layout import LayoutSpec
+from autodeploy.metadata.span import Full, Span, Window
 from autodeploy.ops.spec import Backend, Site
 from passes import LowerFields, ShareMetadata
 
@@ -104,23 +105,23 @@ def prepare(_: dict[str, Any]) -> list[dict[str, Any]]:
     `kernels` and `device_us` are the kernels of one run and their time on the device; `us` is from the start of the
     graph to its end, of which an empty graph takes `empty_us`.
     """
-    windows = (None, 4096, 1024, 512, 256, 128, 64, 32)
-    rows = [_prepare(64, windows[:1], per_layer=True)]
-    rows += [_prepare(*sizes) for sizes in ((512, windows[:1]), (64, windows), (512, windows))]
+    spans = (Full(), *map(Window, (4096, 1024, 512, 256, 128, 64, 32)))
+    rows = [_prepare(64, spans[:1], per_layer=True)]
+    rows += [_prepare(*sizes) for sizes in ((512, spans[:1]), (64, spans), (512, spans))]
     return rows
 
 
-def _prepare(num_sequences: int, windows: tuple[int | None, ...], per_layer: bool = False) -> dict[str, Any]:
+def _prepare(num_sequences: int, spans: tuple[Span, ...], per_layer: bool = False) -> dict[str, Any]:
     step = nested(
         [1] * num_sequences,
         [1023] * num_sequences,
-        LayoutSpec(PAGE_SIZE, (None,) * len(windows)),
+        LayoutSpec(PAGE_SIZE, spans[:1] * len(spans)),
         10_000,
         1024 // PAGE_SIZE,
     )
     layout, num_tokens = step.layout, step.num_tokens
     backend = next(backend for backend in backends() if backend.name == "triton" and backend.kind == "attention")
-    sites = [replace(LAYER, window=window, group=g, num_groups=len(windows)) for g, window in enumerate(windows)]
+    sites = [replace(LAYER, span=span, group=g, num_groups=len(spans)) for g, span in enumerate(spans)]
     layers = [sites[layer % len(sites)] for layer in range(NUM_LAYERS)]
 
     def naive(sites: list[Site]) -> list[Tensor]:
@@ -130,7 +131,7 @@ def _prepare(num_sequences: int, windows: tuple[int | None, ...], per_layer: boo
     ways = {"ours": lambda: shared(layout, num_tokens), "torch, once": lambda: naive(sites)}
     if per_layer:
         ways["torch, per layer"] = lambda: naive(layers)
-    row = {"sequences": num_sequences, "kv_groups": len(windows)}
+    row = {"sequences": num_sequences, "kv_groups": len(spans)}
     row["empty_us"] = milliseconds(captured(lambda: layout[:1, :1].add_(0))) * 1e3
     for name, run in ways.items():
         kernels = kernel_times(run)
@@ -192,7 +193,7 @@ def _attention(backend: Backend, sequences: int, context: int) -> dict[str, Any]
     layers = max(1, min(16, (512 << 20) // (sequences * context * 4096) + 1))
     num_pages = sequences * context // PAGE_SIZE + 2
     step = nested(
-        [1] * sequences, [context - 1] * sequences, LayoutSpec(PAGE_SIZE, (None,)), num_pages, context // PAGE_SIZE
+        [1] * sequences, [context - 1] * sequences, LayoutSpec(PAGE_SIZE, (Full(),)), num_pages, context // PAGE_SIZE
     )
     rows = step.num_tokens
     shapes = [(num_pages, PAGE_SIZE, *spec.shape) for spec in backend.caches(LAYER)]

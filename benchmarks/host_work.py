@@ -27,6 +27,7 @@ import torch
 
 from autodeploy.compiler.report import align
 from autodeploy.metadata.layout import LayoutSpec
+from autodeploy.metadata.span import Full, Window
 from autodeploy.ops.spec import CacheSpec
 from autodeploy.runtime.engine import Engine
 from autodeploy.runtime.requests import SamplingParams
@@ -88,7 +89,7 @@ def _micros(count: int, device: torch.device) -> dict[str, float]:
             CacheSpec("full", "paged", (1,), torch.int8, group=0),
             CacheSpec("window", "paged", (1,), torch.int8, group=1),
         ),
-        LayoutSpec(PAGE_SIZE, (None, WINDOW)),
+        LayoutSpec(PAGE_SIZE, (Full(), Window(WINDOW))),
         device=device,
         num_pages=(count * MAX_MODEL_LEN // PAGE_SIZE + 1, count * MAX_MODEL_LEN // PAGE_SIZE + 1),
         max_model_len=MAX_MODEL_LEN,

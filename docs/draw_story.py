@@ -12,13 +12,13 @@ from html import escape
 from pathlib import Path
 
 import torch
+from autodeploy.metadata.fields_torch import NO_WINDOW
 from torch import fx
 from transformers import AutoModelForCausalLM, Gemma3TextConfig
 
 import autodeploy as ad
 from autodeploy.graph import SITE, get_attribute
 from autodeploy.metadata.fields import is_field
-from autodeploy.metadata.fields_torch import NO_WINDOW
 
 OUTPUT = Path(__file__).with_name("story.svg")
 LAYER_TYPES = ["sliding_attention", "sliding_attention", "sliding_attention", "full_attention"]

@@ -19,18 +19,17 @@ from transformers import AutoModelForCausalLM, LlamaConfig
 import autodeploy as ad
 from autodeploy.kernels.paged import PagedAttention
 from autodeploy.metadata import fields
+from autodeploy.metadata.span import span_of
 from autodeploy.ops.spec import Site
-
-NO_WINDOW = 1 << 30
 
 
 @ad.field(shape="[T, L] bool", depends="P W", padding="position 0 alone")
-def dense_mask(layout: Tensor, num_tokens: int, num_groups: int, page_size: int, window: int) -> Tensor:
-    """pos - window < j <= pos: which positions of its sequence each token sees."""
+def dense_mask(layout: Tensor, num_tokens: int, num_groups: int, page_size: int, span: str) -> Tensor:
+    """Which positions of its sequence each token sees."""
     position_T1 = fields.position_ids(layout, num_tokens)[:, None]
     length = fields.block_table(layout, 0, num_groups).shape[1] * page_size
     key_L = torch.arange(length, dtype=torch.int32, device=layout.device)
-    return (key_L <= position_T1) & (key_L > position_T1 - window)
+    return (key_L <= position_T1) & (key_L >= span_of(span).first_seen(position_T1))
 
 
 class DenseAttention(PagedAttention):
@@ -48,7 +47,7 @@ class DenseAttention(PagedAttention):
             "slots": fields.slot_mapping(layout, num_tokens, site.group, groups, page_size),
             "pages": fields.block_table(layout, site.group, groups),
             "rows": fields.token_to_seq(layout, num_tokens),
-            "mask": dense_mask(layout, num_tokens, groups, page_size, site.window or NO_WINDOW),
+            "mask": dense_mask(layout, num_tokens, groups, page_size, site.span.name),
         }
 
     def call(

@@ -22,6 +22,7 @@ from autodeploy.graph.meta import CACHE_SPECS, LAYOUT_SPEC, SITE
 from autodeploy.graph.values import mode_of, new_size, replace_node, retype
 from autodeploy.kernels.registry import check_backend_choice, choose_backend
 from autodeploy.metadata.layout import POOL_HINT, LayoutSpec
+from autodeploy.metadata.span import Span
 from autodeploy.ops.kinds import kind_of
 from autodeploy.ops.spec import Backend, CacheSpec, Site
 from autodeploy.options import integer
@@ -56,7 +57,7 @@ class InsertCachedAttention:
             return 0
         # Everything that can be refused is refused here, before the first node is changed.
         plans = self._plan(nodes)
-        spec = LayoutSpec(plans[0][1].page_size, _windows(plans), has_state=any(_keeps_state(plan) for plan in plans))
+        spec = LayoutSpec(plans[0][1].page_size, _spans(plans), has_state=any(_keeps_state(plan) for plan in plans))
         specs: list[CacheSpec] = []
         stale: list[fx.Node] = []
         pools = _Pools(gm.graph, spec.page_size)
@@ -72,7 +73,7 @@ class InsertCachedAttention:
         return len(plans)
 
     def _plan(self, nodes: list[fx.Node]) -> list[tuple[fx.Node, Site, Backend]]:
-        windows: list[int | None] = []
+        spans: list[Span] = []
         plans = []
         for node in nodes:
             kind = kind_of(node.target)
@@ -81,9 +82,9 @@ class InsertCachedAttention:
             site = replace(site, page_size=self.page_size or _page_size(site.device))
             backend = choose_backend(site, self.backend)
             if any(cache.kind == "paged" for cache in backend.caches(site)):
-                if site.window not in windows:
-                    windows.append(site.window)
-                site = replace(site, group=windows.index(site.window))
+                if site.span not in spans:
+                    spans.append(site.span)
+                site = replace(site, group=spans.index(site.span))
             plans.append((node, site, backend))
         return plans
 
@@ -95,10 +96,10 @@ def _page_size(device: torch.device) -> int:
     return 16 if device.type == "cpu" else 64
 
 
-def _windows(plans: list[tuple[fx.Node, Site, Backend]]) -> tuple[int | None, ...]:
-    """The window of each KV group: layers of one window share one block table."""
+def _spans(plans: list[tuple[fx.Node, Site, Backend]]) -> tuple[Span, ...]:
+    """The span of each KV group: layers of one span share one block table."""
     paged = [site for _, site, backend in plans if any(cache.kind == "paged" for cache in backend.caches(site))]
-    return tuple(dict.fromkeys(site.window for site in paged))
+    return tuple(dict.fromkeys(site.span for site in paged))
 
 
 def _keeps_state(plan: tuple[fx.Node, Site, Backend]) -> bool:

@@ -76,7 +76,7 @@ def _can_launch(node: fx.Node, launcher: FieldLauncher | None) -> bool:
     if launcher is None or any(arg.op != "placeholder" for arg in node.all_input_nodes):
         return False
     request = _request(node)
-    return all(isinstance(value, int) for value in request.parameters) and launcher.supports(request)
+    return all(isinstance(value, int | str) for value in request.parameters) and launcher.supports(request)
 
 
 def _arguments(node: fx.Node) -> dict[str, Any]:

@@ -11,6 +11,7 @@ The packed stream is the model's batch of one; attention keeps the R sequences a
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -54,8 +55,7 @@ class NestInputs:
             return 0
         check_not_shared(gm)
         check_inputs(old)
-        check_tokens(gm)
-        _rewrite(gm, old)
+        _rewrite(gm, old, check_tokens(gm))
         return 1
 
 
@@ -78,9 +78,16 @@ def check_inputs(inputs: dict[str, fx.Node]) -> None:
             )
 
 
-def check_tokens(gm: fx.GraphModule) -> None:
-    """Raise where a token's value depends on others outside attention, or on a place that the graph counted."""
-    flow = token_flow(gm, {node for node in gm.graph.nodes if kind_of(node.target) is not None})
+def check_tokens(gm: fx.GraphModule) -> Collection[fx.Node]:
+    """Raise where a token's value depends on others outside attention, or on a place that the graph counted.
+
+    Returns the nodes that count positions, where tokens read these entry by entry.
+    """
+    attention = {node for node in gm.graph.nodes if kind_of(node.target) is not None}
+    flow = token_flow(gm, attention)
+    if flow.places:
+        with_positions = token_flow(gm, attention, takes_positions=True)
+        flow = flow if with_positions.places or with_positions.mixing else with_positions
     for node, why in flow.mixing:
         raise UnsupportedFeature(
             f"an op outside attention that mixes tokens: it {NEAR_MISS.get(node, why)}",
@@ -93,9 +100,10 @@ def check_tokens(gm: fx.GraphModule) -> None:
             where=node_location(node),
             fix="the model must take position_ids and use them wherever it needs positions",
         )
+    return flow.positions
 
 
-def _rewrite(gm: fx.GraphModule, old: dict[str, fx.Node]) -> None:
+def _rewrite(gm: fx.GraphModule, old: dict[str, fx.Node], counted: Collection[fx.Node]) -> None:
     tokens, positions = old["input_ids"], old.get("position_ids")
     ids, rows = _values(gm.graph, VALUE.of(tokens).device)
     layout = add_placeholder(gm, "layout", "layout", rows)
@@ -110,6 +118,9 @@ def _rewrite(gm: fx.GraphModule, old: dict[str, fx.Node]) -> None:
     tokens.replace_all_uses_with(batch, delete_user_cb=lambda user: user not in (num_tokens, batch.all_input_nodes[0]))
     if positions is not None:
         positions.replace_all_uses_with(record(first, _positions, layout, num_tokens))
+    for node in counted:
+        node.replace_all_uses_with(record(node, _counted_positions, layout, num_tokens, VALUE.of(node).dtype))
+        gm.graph.erase_node(node)
     for name, node in old.items():
         if name != "input_ids":
             gm.graph.erase_node(node)
@@ -135,6 +146,10 @@ def _as_batch(input_ids: Tensor) -> Tensor:
 
 def _positions(layout: Tensor, num_tokens: int) -> Tensor:
     return _as_batch(fields.position_ids(layout, num_tokens))
+
+
+def _counted_positions(layout: Tensor, num_tokens: int, dtype: torch.dtype) -> Tensor:
+    return torch.ops.aten.to.dtype(fields.position_ids(layout, num_tokens), dtype)
 
 
 def _replace_sizes(node: fx.Node, num_tokens: fx.Node) -> None:

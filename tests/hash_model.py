@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import torch
+from spans import FULL, first
 from torch import Tensor
 
 from autodeploy.metadata.layout import CONTEXT_LEN, NUM_FIXED_COLUMNS, QUERY_LEN, STATE_SLOT, LayoutSpec
+from autodeploy.metadata.span import Span, Window
 from autodeploy.ops.spec import CacheSpec
 from autodeploy.runtime.engine import Engine
 from autodeploy.runtime.requests import RequestOutput, SamplingParams
@@ -28,16 +30,19 @@ def mix(values: list[int], start: int = 1) -> int:
     return start
 
 
+WINDOW = Window(6)
+
+
 class HashModel:
-    """Two layers and a state: the first layer hashes what its window of token ids shows, the second everything the
+    """Two layers and a state: the first layer hashes the token ids that its span shows, the second everything the
     first wrote, the state is a running hash; the next token is the hash of the last two.
 
-    Group 0 pages full attention, group 1 the sliding window.
+    Group 0 pages full attention, group 1 the span.
     """
 
-    def __init__(self, page_size: int, window: int) -> None:
-        self.window = window
-        self.spec = LayoutSpec(page_size, (None, window), has_state=True)
+    def __init__(self, page_size: int, span: Span = WINDOW) -> None:
+        self.span = span
+        self.spec = LayoutSpec(page_size, (FULL, span), has_state=True)
         self.cache_specs = (
             CacheSpec("tokens", "paged", (1,), torch.int32, group=1),
             CacheSpec("hidden", "paged", (1,), torch.int32, group=0),
@@ -50,7 +55,7 @@ class HashModel:
         """The tokens it generates, computed on a plain list."""
         tokens = list(prompt)
         for _ in range(count):
-            hidden = [mix(tokens[max(0, i + 1 - self.window) : i + 1]) for i in range(len(tokens))]
+            hidden = [mix(tokens[first(self.span, i) : i + 1]) for i in range(len(tokens))]
             tokens.append(mix([mix(hidden), mix(tokens)]) % VOCABULARY)
         return tuple(tokens[len(prompt) :])
 
@@ -83,7 +88,7 @@ class HashModel:
         for position, token in enumerate(new, cached):
             tokens[self._slots(sliding, position, position + 1)] = token
         for position in range(cached, cached + len(new)):
-            seen = tokens[self._slots(sliding, max(0, position + 1 - self.window), position + 1)]
+            seen = tokens[self._slots(sliding, first(self.span, position), position + 1)]
             hidden[self._slots(full, position, position + 1)] = mix(seen.tolist())
         everything = hidden[self._slots(full, 0, cached + len(new))]
         return mix([mix(everything.tolist()), int(state[slot])]) % VOCABULARY

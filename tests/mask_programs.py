@@ -24,6 +24,7 @@ from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 from autodeploy.attention_forms.asked import Seen
 from autodeploy.attention_forms.places import Values, compute
 from autodeploy.errors import NoAttentionFound
+from autodeploy.metadata.span import Span
 from autodeploy.trace.mask import read_mask
 from passes import FindAttention
 
@@ -150,9 +151,9 @@ class Generator:
         return (lambda q, k: (q >= 0) & (k >= 0)), ""
 
 
-def _closed_form(causal: bool, window: int | None, query: Tensor, key: Tensor) -> Tensor:
+def _closed_form(causal: bool, span: Span, query: Tensor, key: Tensor) -> Tensor:
     values = Values()
-    seen = compute(Seen(causal, window).value(values), {values.query: query, values.key: key})
+    seen = compute(Seen(causal, span).value(values), {values.query: query, values.key: key})
     return seen.expand(torch.broadcast_shapes(query.shape, key.shape))
 
 
@@ -167,7 +168,7 @@ def ask_function(program: Program) -> str:
     dense = every[:_DENSE]
     for query, key in ((dense[:, None], dense), (near[:, None], every), (every[:, None], near)):
         told = program.mask(query, key).expand(torch.broadcast_shapes(query.shape, key.shape))
-        if not told.equal(_closed_form(mask.causal, mask.window, query, key)):
+        if not told.equal(_closed_form(mask.causal, mask.span, query, key)):
             return "wrong"
     return "named"
 

@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from spans import first
 from torch import Tensor
 
 from autodeploy.ops.spec import CacheSpec
@@ -57,8 +58,8 @@ def _owned(engine: Engine, batch: Batch, spec: CacheSpec) -> Tensor:
     lengths = {request.row: request.num_computed for request in scheduler.running}
     if spec.kind == "state":
         return _states(engine, [row for row, count in lengths.items() if count])
-    window = engine._spec.windows[spec.group]
-    slots = [(row, max(0, count + 1 - window) if window else 0, count) for row, count in lengths.items()]
+    span = engine._spec.spans[spec.group]
+    slots = [(row, first(span, count), count) for row, count in lengths.items()]
     return _slots(engine, spec.group, slots)
 
 
@@ -84,7 +85,7 @@ def _slots(engine: Engine, group: int, spans: list[tuple[int, int, int]]) -> Ten
     """The slots of positions first .. end - 1 of each (row, first, end)."""
     pool, size = engine._tables.pools[group], engine._spec.page_size
     mask = torch.zeros(pool.num_pages, size, dtype=torch.bool)
-    for row, first, end in spans:
-        positions = np.arange(first, end)
+    for row, begin, end in spans:
+        positions = np.arange(begin, end)
         mask[torch.as_tensor(pool.table[row, positions // size]), torch.as_tensor(positions % size)] = True
     return mask

@@ -68,7 +68,7 @@ class Load:
 
 def hash_load() -> Load:
     """Steps that raise in between, too: each hundredth."""
-    model = HashModel(page_size=4, window=6)
+    model = HashModel(page_size=4)
     engine = make_engine(model, num_pages=(12, 9), max_num_seqs=5, max_num_tokens=9, tokenizer=LetterTokenizer())
     step, calls = engine._step, count()
 

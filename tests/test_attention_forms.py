@@ -143,7 +143,7 @@ def window_on_both_sides(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     return F.scaled_dot_product_attention(q, repeat(k), repeat(v), attn_mask=(index - index[:, None]).abs() < 4)
 
 
-PLAIN = {"causal": True, "window": None, "softcap": None, "scale": SCALE}
+PLAIN = {"causal": True, "span": "full", "softcap": None, "scale": SCALE}
 
 
 @pytest.mark.parametrize(
@@ -153,7 +153,7 @@ PLAIN = {"causal": True, "window": None, "softcap": None, "scale": SCALE}
         (scale_on_both, {}, KV_HEADS, False),
         (scale_divides_the_query, {"scale": 0.25}, KV_HEADS, False),
         (masked_before_the_scale, {"scale": 0.25}, KV_HEADS, False),
-        (window_by_where, {"window": 3}, KV_HEADS, False),
+        (window_by_where, {"span": "window_3"}, KV_HEADS, False),
         (softcapped, {"softcap": 2.0}, KV_HEADS, False),
         (with_sinks, {}, KV_HEADS, False),
         (keys_put_together_in_place, {}, HEADS, False),
@@ -162,12 +162,12 @@ PLAIN = {"causal": True, "window": None, "softcap": None, "scale": SCALE}
         (batched, {}, KV_HEADS, False),
         (grouped_by_reshape, {}, KV_HEADS, False),
         (grouped_by_repeat_interleave, {}, KV_HEADS, False),
-        (chunked, {"causal": False}, KV_HEADS, True),
+        (chunked, {"span": "chunk_3"}, KV_HEADS, False),
         (sdpa_causal, {"scale": 0.3}, KV_HEADS, False),
         (sdpa_full, {"causal": False}, KV_HEADS, False),
-        (sdpa_window, {"window": 5}, KV_HEADS, False),
+        (sdpa_window, {"span": "window_5"}, KV_HEADS, False),
         (sdpa_float_mask, {}, KV_HEADS, False),
-        (window_on_both_sides, {"causal": False, "window": 4}, KV_HEADS, False),
+        (window_on_both_sides, {"causal": False, "span": "window_4"}, KV_HEADS, False),
     ],
     ids=lambda value: getattr(value, "__name__", ""),
 )
@@ -177,7 +177,8 @@ def test_form(form: Form, asked: dict[str, Any], num_kv_heads: int, has_bias: bo
     before = gm(*inputs)
     node = reduced(gm)
     torch.testing.assert_close(gm(*inputs), before, atol=TOLERANCE, rtol=0)
-    assert {name: node.kwargs[name] for name in PLAIN} == pytest.approx(PLAIN | asked)
+    expected = PLAIN | asked
+    assert {name: node.kwargs[name] for name in PLAIN} == expected | {"scale": pytest.approx(expected["scale"])}
     assert VALUE.of(node.args[1]).shape[1] == num_kv_heads  # type: ignore[union-attr]
     assert (node.args[4] is not None) == has_bias
     assert (node.args[3] is not None) == (form is with_sinks)
@@ -214,7 +215,7 @@ def test_positions_are_asked_as_counting_up() -> None:
 
     positions = torch.arange(7).expand(3, 7).contiguous()
     node = reduced(export(by_positions, (*tensors(3, 7), positions)))
-    assert (node.kwargs["causal"], node.kwargs["window"]) == (True, None)
+    assert (node.kwargs["causal"], node.kwargs["span"]) == (True, "full")
 
 
 def test_a_padding_mask_of_eager_attention_is_kept_as_bias() -> None:

@@ -55,11 +55,11 @@ def unmasked(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
 @pytest.mark.parametrize(
     ("form", "asked"),
     [
-        (masked, {"causal": True, "window": None}),
-        (windowed, {"causal": True, "window": 4}),
+        (masked, {"causal": True, "span": "full"}),
+        (windowed, {"causal": True, "span": "window_4"}),
         (softcapped, {"causal": True, "softcap": 3.0, "scale": 0.5}),
         (alibi, {"causal": True}),
-        (unmasked, {"causal": False, "window": None}),
+        (unmasked, {"causal": False, "span": "full"}),
     ],
     ids=lambda value: getattr(value, "__name__", ""),
 )

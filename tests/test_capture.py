@@ -68,7 +68,7 @@ def make_captured_engine(model: HashModel, graphs: WorkGraphs, **options: Any) -
 
 
 def test_tokens_are_those_of_the_model_and_each_bucket_is_captured_once() -> None:
-    model, graphs = HashModel(page_size=4, window=6), WorkGraphs()
+    model, graphs = HashModel(page_size=4), WorkGraphs()
     engine = make_captured_engine(model, graphs)
     for _ in range(2):
         requests = engine.add_many(PROMPTS, [SamplingParams(max_tokens=count) for count in MAX_TOKENS])
@@ -84,7 +84,7 @@ def test_tokens_are_those_of_the_model_and_each_bucket_is_captured_once() -> Non
 def test_a_request_that_draws_reads_the_logits_of_the_replay() -> None:
     params = [SamplingParams(max_tokens=6, temperature=5.0, seed=seed) for seed in range(4)]
     answers = []
-    for engine in (make_engine(HashModel(4, 6)), make_captured_engine(HashModel(4, 6), WorkGraphs())):
+    for engine in (make_engine(HashModel(4)), make_captured_engine(HashModel(4), WorkGraphs())):
         requests = engine.add_many(PROMPTS[:4], params)
         run(engine)
         answers.append([request.token_ids for request in requests])
@@ -97,7 +97,7 @@ class FailingGraphs(WorkGraphs):
 
 
 def test_a_step_that_cannot_be_captured_is_refused_and_loses_nothing() -> None:
-    model = HashModel(page_size=4, window=6)
+    model = HashModel(page_size=4)
     engine = make_captured_engine(model, FailingGraphs())
     request = engine.add(PROMPTS[0], SamplingParams(max_tokens=5))
     engine.step()

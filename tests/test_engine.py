@@ -17,6 +17,7 @@ from hash_model import (
 )
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from spans import SPANS
 
 from autodeploy.errors import OptionError, RequestTooLong
 from autodeploy.runtime.buckets import captured_sizes, padded_sizes
@@ -38,7 +39,7 @@ MAX_TOKENS = [12, 20, 9, 15, 1, 8]
     ],
 )
 def test_tokens_do_not_depend_on_how_they_were_batched(options: dict) -> None:
-    model = HashModel(page_size=4, window=6)
+    model = HashModel(page_size=4)
     engine = make_engine(model, **options)
     outputs = generate(engine, PROMPTS, MAX_TOKENS)
     for output, prompt, count in zip(outputs, PROMPTS, MAX_TOKENS, strict=True):
@@ -50,7 +51,7 @@ def test_tokens_do_not_depend_on_how_they_were_batched(options: dict) -> None:
 @settings(deadline=None, max_examples=60)
 @given(st.data())
 def test_any_workload_on_any_pool_gives_the_tokens_of_the_model(data: st.DataObject) -> None:
-    model = HashModel(data.draw(st.integers(1, 5)), data.draw(st.integers(1, 9)))
+    model = HashModel(data.draw(st.integers(1, 5)), data.draw(st.sampled_from(SPANS[1:])))
     max_num_seqs = data.draw(st.integers(1, 4))
     engine = make_engine(
         model,
@@ -82,7 +83,7 @@ def test_any_workload_on_any_pool_gives_the_tokens_of_the_model(data: st.DataObj
 
 
 def test_cancel_frees_at_once_and_keeps_the_others() -> None:
-    model = HashModel(page_size=4, window=6)
+    model = HashModel(page_size=4)
     engine = make_engine(model, max_num_seqs=2)
     running, other, waiting = engine.add_many(PROMPTS[:3], [SamplingParams(max_tokens=6)] * 3)
     engine.step()
@@ -97,7 +98,7 @@ def test_cancel_frees_at_once_and_keeps_the_others() -> None:
 
 
 def test_a_list_with_one_request_too_long_adds_none() -> None:
-    engine = make_engine(HashModel(page_size=4, window=6))
+    engine = make_engine(HashModel(page_size=4))
     with pytest.raises(RequestTooLong, match="exceed the model's 64"):
         engine.add_many([[1], [2] * 60], [SamplingParams()] * 2)
     with pytest.raises(RequestTooLong, match="max_tokens 1000000000000 exceed"):
@@ -106,7 +107,7 @@ def test_a_list_with_one_request_too_long_adds_none() -> None:
 
 
 def test_eos_ends_a_request_unless_ignored() -> None:
-    model = HashModel(page_size=4, window=6)
+    model = HashModel(page_size=4)
     tokens = model.expected([5, 6], 10)
     eos = tokens[4]
     stops_at = tokens.index(eos) + 1
@@ -119,7 +120,7 @@ def test_eos_ends_a_request_unless_ignored() -> None:
 
 
 def test_text_streams_and_ends_before_a_stop_string() -> None:
-    model, tokenizer = HashModel(page_size=4, window=6), LetterTokenizer()
+    model, tokenizer = HashModel(page_size=4), LetterTokenizer()
     text = tokenizer.decode(list(model.expected([5, 6], 12)), skip_special_tokens=True)
     engine = make_engine(model, tokenizer=tokenizer)
     whole = engine.add([5, 6], SamplingParams(max_tokens=12))
@@ -134,13 +135,13 @@ def test_text_streams_and_ends_before_a_stop_string() -> None:
 
 
 def test_stop_strings_need_a_tokenizer() -> None:
-    engine = make_engine(HashModel(page_size=4, window=6))
+    engine = make_engine(HashModel(page_size=4))
     with pytest.raises(OptionError, match="stop strings without a tokenizer"):
         engine.add([1], SamplingParams(max_tokens=1, stop="x"))
 
 
 def test_one_copy_per_step_and_counts_that_add_up() -> None:
-    model = HashModel(page_size=4, window=6)
+    model = HashModel(page_size=4)
     engine = make_engine(model, max_num_seqs=6)
     generate(engine, PROMPTS, MAX_TOKENS)
     stats = engine.stats
@@ -169,7 +170,7 @@ def test_captured_buckets_are_few_and_hold_what_they_are_for() -> None:
 
 
 def test_default_pool_holds_all_sequences_or_what_memory_buys() -> None:
-    model = HashModel(page_size=4, window=6)
+    model = HashModel(page_size=4)
     sizes = {"max_model_len": 64, "max_num_seqs": 4, "max_num_tokens": 8}
     # 16 pages for 64 tokens; a window of 6 touches 3 and a chunk of 8 adds 2.
     assert default_num_pages(model.cache_specs, model.spec, **sizes, memory_bytes=10**6) == (65, 21)
@@ -180,7 +181,7 @@ def test_default_pool_holds_all_sequences_or_what_memory_buys() -> None:
 
 
 def test_greedy_requests_beside_drawing_ones_take_the_best() -> None:
-    model = HashModel(page_size=4, window=6)
+    model = HashModel(page_size=4)
     engine = make_engine(model, max_num_seqs=3)
     params = [SamplingParams(max_tokens=6, temperature=temperature) for temperature in (5.0, 0.0, 5.0)]
     _, greedy, _ = engine.add_many(PROMPTS[:3], params)
@@ -192,10 +193,10 @@ def test_greedy_requests_beside_drawing_ones_take_the_best() -> None:
 def test_requests_sampled_together_draw_what_they_draw_alone() -> None:
     params = [SamplingParams(max_tokens=6, temperature=5.0, seed=seed) for seed in range(4)]
     prompts = [np.array(prompt) for prompt in PROMPTS[:4]]
-    together = make_engine(HashModel(page_size=4, window=6))
+    together = make_engine(HashModel(page_size=4))
     requests = together.add_many(prompts, params)
     run(together)
-    alone = make_engine(HashModel(page_size=4, window=6), max_num_seqs=1)
+    alone = make_engine(HashModel(page_size=4), max_num_seqs=1)
     assert [request.token_ids for request in alone.add_many(prompts, params) if not run(alone)] == [
         request.token_ids for request in requests
     ]

@@ -65,7 +65,7 @@ def answers_are_right(engine: Engine, model: HashModel) -> None:
 @pytest.mark.parametrize("options", ENGINES.values(), ids=ENGINES)
 @pytest.mark.parametrize("bad", BAD_PROMPTS.values(), ids=BAD_PROMPTS)
 def test_only_the_bad_request_ends(bad: list[int], options: dict, temperature: float) -> None:
-    model = HashModel(page_size=4, window=6)
+    model = HashModel(page_size=4)
     engine = make_engine(model, **options)
     good = engine.add_many(PROMPTS, [SamplingParams(max_tokens=count) for count in MAX_TOKENS])
     for _ in range(3):
@@ -84,7 +84,7 @@ def test_only_the_bad_request_ends(bad: list[int], options: dict, temperature: f
 
 
 def test_a_step_that_raises_once_costs_nobody_anything() -> None:
-    model = HashModel(page_size=4, window=6)
+    model = HashModel(page_size=4)
     engine = make_engine(model)
     requests = engine.add_many(PROMPTS, [SamplingParams(max_tokens=count) for count in MAX_TOKENS])
     for _ in range(3):
@@ -100,7 +100,7 @@ def test_a_step_that_always_raises_ends_every_request() -> None:
     def step(*inputs: torch.Tensor) -> torch.Tensor:
         raise RuntimeError("the device is gone")
 
-    model = HashModel(page_size=4, window=6)
+    model = HashModel(page_size=4)
     engine = make_engine(model)
     engine._step = step
     requests = engine.add_many(PROMPTS, [SamplingParams(max_tokens=5)] * len(PROMPTS))
@@ -112,7 +112,7 @@ def test_a_step_that_always_raises_ends_every_request() -> None:
 
 
 def test_cancelling_those_that_run_alone() -> None:
-    model = HashModel(page_size=4, window=6)
+    model = HashModel(page_size=4)
     engine = make_engine(model)
     requests = engine.add_many(PROMPTS[:4], [SamplingParams(max_tokens=5)] * 4)
     model.fail_at = 1
@@ -135,7 +135,7 @@ class RaisingTokenizer(LetterTokenizer):
 
 @pytest.mark.parametrize("stop", [(), ("never there",)], ids=["no stop string", "stop string"])
 def test_a_tokenizer_that_raises_ends_its_request_only(stop: tuple[str, ...]) -> None:
-    model = HashModel(page_size=4, window=6)
+    model = HashModel(page_size=4)
     engine = make_engine(model, tokenizer=RaisingTokenizer())
     prompts = [[index] for index in range(12)]
     requests = engine.make_requests(prompts, [SamplingParams(max_tokens=5, stop=stop)] * len(prompts))
@@ -155,7 +155,7 @@ def test_a_tokenizer_that_raises_ends_its_request_only(stop: tuple[str, ...]) ->
 @pytest.mark.parametrize("bad", [torch.nan, torch.inf, -torch.inf])
 def test_no_token_of_logits_that_are_no_numbers(bad: float) -> None:
     params = [SamplingParams(1, temperature=1.0, top_k=k, top_p=p) for k in (0, 3) for p in (1.0, 0.5)]
-    model = HashModel(page_size=4, window=6)
+    model = HashModel(page_size=4)
     requests = make_engine(model).make_requests([[1]] * 4, params)
     for width in (16, 64, 96):
         logits = torch.randn(4, width, generator=torch.Generator().manual_seed(0))
@@ -172,8 +172,6 @@ def test_no_token_of_logits_that_are_no_numbers(bad: float) -> None:
 def test_some_logits_of_minus_infinity_are_no_error() -> None:
     logits = torch.full((2, VOCABULARY), -torch.inf)
     logits[:, 5] = 0
-    (request,) = make_engine(HashModel(page_size=4, window=6)).make_requests(
-        [[1]], [SamplingParams(1, temperature=1.0)]
-    )
+    (request,) = make_engine(HashModel(page_size=4)).make_requests([[1]], [SamplingParams(1, temperature=1.0)])
     assert best_tokens(logits).tolist() == [5, 5]
     assert sample_tokens(logits, [1], [request])[0].tolist() == [5]

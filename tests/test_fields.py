@@ -11,14 +11,16 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from ragged import Batch, Row, make_batch
+from spans import SPANS, first
 
 from autodeploy.errors import OptionError, UnknownName
 from autodeploy.kernels.registry import catalogue, field_named
 from autodeploy.metadata import fields
-from autodeploy.metadata.field import num_ops
+from autodeploy.metadata.field import Field, field, num_ops
+from autodeploy.metadata.span import span_of
 
 ORACLES: dict[str, Callable[..., list]] = {}
-PARAMETERS = {"window": 5, "kernel_size": 4, "num_kv_heads": 3, "block_size": 4}
+PARAMETERS = {"kernel_size": 4, "num_kv_heads": 3, "block_size": 4}
 
 
 def oracle(function: Callable[..., list]) -> Callable[..., list]:
@@ -123,8 +125,8 @@ def last_page_len(batch: Batch) -> list:
 
 
 @oracle
-def window_start(batch: Batch, window: int) -> list:
-    return [max(0, row.context_len + 1 - window) for row in batch.rows]
+def first_seen(batch: Batch, span: str) -> list:
+    return [first(span_of(span), row.context_len) for row in batch.rows]
 
 
 @oracle
@@ -137,23 +139,23 @@ def head_slots(batch: Batch, group: int, num_kv_heads: int) -> list:
 
 
 @oracle
-def decode_pages(batch: Batch, group: int, num_kv_heads: int, window: int) -> list:
+def decode_pages(batch: Batch, group: int, num_kv_heads: int, span: str) -> list:
     rows = []
     for row in batch.rows:
         pages = table(batch, row, group)
-        seen = pages[max(0, row.seq_len - window) // batch.page_size :]
+        seen = pages[first(span_of(span), max(0, row.seq_len - 1)) // batch.page_size :]
         seen += [pages[-1]] * (len(pages) - len(seen))
         rows.append([[page * num_kv_heads + k for page in seen] for k in range(num_kv_heads)])
     return rows
 
 
 @oracle
-def decode_mask(batch: Batch, window: int) -> list:
+def decode_mask(batch: Batch, span: str) -> list:
     rows = []
     for row in batch.rows:
-        begin = max(0, row.seq_len - window)
-        first = begin // batch.page_size * batch.page_size
-        rows.append([begin <= first + i < row.seq_len for i in range(batch.pages_per_sequence * batch.page_size)])
+        begin = first(span_of(span), max(0, row.seq_len - 1))
+        start = begin // batch.page_size * batch.page_size
+        rows.append([begin <= start + i < row.seq_len for i in range(batch.pages_per_sequence * batch.page_size)])
     return rows
 
 
@@ -232,19 +234,19 @@ def kv_page_indices(batch: Batch, group: int) -> list:
     return end_to_end(batch, [table(batch, row, group)[: pages_in_use(batch, row)] for row in batch.rows])
 
 
-def pages_seen(batch: Batch, row: Row, window: int) -> range:
-    return range(max(0, row.context_len + 1 - window) // batch.page_size, pages_in_use(batch, row))
+def pages_seen(batch: Batch, row: Row, span: str) -> range:
+    return range(first(span_of(span), row.context_len) // batch.page_size, pages_in_use(batch, row))
 
 
 @oracle
-def seen_page_indptr(batch: Batch, window: int) -> list:
-    return list(accumulate((len(pages_seen(batch, row, window)) for row in batch.rows), initial=0))
+def seen_page_indptr(batch: Batch, span: str) -> list:
+    return list(accumulate((len(pages_seen(batch, row, span)) for row in batch.rows), initial=0))
 
 
 @oracle
-def seen_page_indices(batch: Batch, group: int, window: int) -> list:
+def seen_page_indices(batch: Batch, group: int, span: str) -> list:
     return end_to_end(
-        batch, [[table(batch, row, group)[page] for page in pages_seen(batch, row, window)] for row in batch.rows]
+        batch, [[table(batch, row, group)[page] for page in pages_seen(batch, row, span)] for row in batch.rows]
     )
 
 
@@ -262,24 +264,24 @@ def batches(draw: st.DrawFn) -> Batch:
     )
 
 
-def arguments(function: Callable[..., object], batch: Batch, group: int) -> dict[str, object]:
+def arguments(function: Callable[..., object], batch: Batch, group: int, span: str) -> dict[str, object]:
     """The values of a formula's or an oracle's parameters, by name."""
-    known = {"layout": batch.layout(), "batch": batch, "group": group, **PARAMETERS}
+    known = {"layout": batch.layout(), "batch": batch, "group": group, "span": span, **PARAMETERS}
     sizes = {name: getattr(batch, name) for name in ("num_tokens", "num_groups", "page_size")}
     return {name: (known | sizes)[name] for name in inspect.signature(function).parameters}
 
 
-def compute(entry: fields.Field, batch: Batch, group: int) -> torch.Tensor:
-    return entry.op(*arguments(entry.formula, batch, group).values())
+def compute(entry: Field, batch: Batch, group: int, span: str) -> torch.Tensor:
+    return entry.op(*arguments(entry.formula, batch, group, span).values())
 
 
 @pytest.mark.parametrize("entry", catalogue(), ids=lambda entry: entry.name)
 @settings(max_examples=60, deadline=None)
 @given(batch=batches(), data=st.data())
-def test_field_is_its_oracle(entry: fields.Field, batch: Batch, data: st.DataObject) -> None:
-    group = data.draw(st.integers(0, batch.num_groups - 1))
-    got = compute(entry, batch, group)
-    expected = ORACLES[entry.name](**arguments(ORACLES[entry.name], batch, group))
+def test_field_is_its_oracle(entry: Field, batch: Batch, data: st.DataObject) -> None:
+    group, span = data.draw(st.integers(0, batch.num_groups - 1)), data.draw(st.sampled_from(SPANS)).name
+    got = compute(entry, batch, group, span)
+    expected = ORACLES[entry.name](**arguments(ORACLES[entry.name], batch, group, span))
     assert got.tolist() == expected
     letters, dtype = entry.shape.rsplit(" ", 1)
     assert str(got.dtype) == f"torch.{dtype}"
@@ -305,7 +307,14 @@ def test_fields_compile() -> None:
     parameters = {entry: list(inspect.signature(entry.formula).parameters) for entry in catalogue()}
 
     def everything(layout: torch.Tensor, num_tokens: int) -> list[torch.Tensor]:
-        known = {"layout": layout, "num_tokens": num_tokens, "group": 1, "num_groups": 2, "page_size": 4, **PARAMETERS}
+        known = {
+            "layout": layout,
+            "num_tokens": num_tokens,
+            "group": 1,
+            "num_groups": 2,
+            "page_size": 4,
+            "span": "window_5",
+        } | PARAMETERS
         return [entry.op(*(known[name] for name in names)) for entry, names in parameters.items()]
 
     compiled = torch.compile(everything, fullgraph=True, dynamic=True)
@@ -326,7 +335,7 @@ def test_a_name_is_registered_once() -> None:
         return layout[:, 0]
 
     with pytest.raises(OptionError, match="registered twice"):
-        fields.field(shape="[S] int32")(seq_lens)
+        field(shape="[S] int32")(seq_lens)
 
 
 def test_each_field_costs_some_ops() -> None:

@@ -13,6 +13,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from autodeploy.errors import UnsupportedFeature
 from autodeploy.kernels.registry import backends
+from autodeploy.metadata.span import Window
 from autodeploy.ops.spec import Backend, Site
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
@@ -21,7 +22,7 @@ GPU = torch.device("cuda")
 HEADS = {"num_heads": 8, "num_kv_heads": 2, "head_dim": 128, "value_dim": 128, "scale": 0.088}
 SITES = {
     "plain": attention_site(dtype=torch.bfloat16, **HEADS),
-    "window": attention_site(dtype=torch.bfloat16, window=5, **HEADS),
+    "window": attention_site(dtype=torch.bfloat16, span=Window(5), **HEADS),
     "softcap": attention_site(dtype=torch.bfloat16, **HEADS | {"softcap": 20.0}),
     "sinks": attention_site(dtype=torch.bfloat16, **HEADS | {"has_sinks": True}),
     "conv": conv_site(dtype=torch.bfloat16, channels=256, has_bias=True, activation="silu"),

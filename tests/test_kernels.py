@@ -9,13 +9,15 @@ from dataclasses import dataclass, replace
 import pytest
 import torch
 from ragged import Batch, Row, make_batch
+from spans import FULL, first
 from torch import Tensor, fx
 from torch._inductor.utils import run_and_get_code
 from torch.fx.proxy import GraphAppendingTracer, Proxy
 from torch.utils._pytree import tree_map
 
 from autodeploy.kernels.registry import backends
-from autodeploy.ops import attention, causal_conv1d
+from autodeploy.metadata.span import Chunk, Span, Window
+from autodeploy.ops.kinds import attention, causal_conv1d
 from autodeploy.ops.spec import Backend, Site
 
 NAN = float("nan")
@@ -30,16 +32,18 @@ ATTENTION_SITES = {
     "gqa": {},
     "mha": {"num_kv_heads": 6},
     "mqa_value_dim": {"num_kv_heads": 1, "value_dim": 8},
-    "window": {"window": 5},
-    "window_page": {"window": 8, "num_kv_heads": 3},
+    "window": {"span": Window(5)},
+    "window_page": {"span": Window(8), "num_kv_heads": 3},
+    "chunk": {"span": Chunk(6)},
+    "chunk_page": {"span": Chunk(8), "num_kv_heads": 1, "softcap": 2.0},
     "softcap": {"softcap": 1.5},
     "sinks": {"has_sinks": True},
-    "all": {"window": 6, "softcap": 2.0, "has_sinks": True, "value_dim": 24},
+    "all": {"span": Window(6), "softcap": 2.0, "has_sinks": True, "value_dim": 24},
     "bfloat16": {"dtype": torch.bfloat16},
-    "bfloat16_all": {"dtype": torch.bfloat16, "window": 6, "softcap": 2.0, "has_sinks": True},
+    "bfloat16_all": {"dtype": torch.bfloat16, "span": Window(6), "softcap": 2.0, "has_sinks": True},
     "alibi": {"has_alibi": True},
-    "alibi_all": {"window": 6, "softcap": 2.0, "has_sinks": True, "has_alibi": True, "num_kv_heads": 1},
-    "bfloat16_alibi": {"dtype": torch.bfloat16, "window": 6, "has_alibi": True},
+    "alibi_all": {"span": Window(6), "softcap": 2.0, "has_sinks": True, "has_alibi": True, "num_kv_heads": 1},
+    "bfloat16_alibi": {"dtype": torch.bfloat16, "span": Window(6), "has_alibi": True},
     "float64": {"dtype": torch.float64},
 }
 CONV_SITES = {
@@ -50,10 +54,10 @@ CONV_SITES = {
 }
 
 
-def attention_site(dtype: torch.dtype = torch.float32, window: int | None = None, **params: object) -> Site:
+def attention_site(dtype: torch.dtype = torch.float32, span: Span = FULL, **params: object) -> Site:
     defaults = {"num_heads": 6, "num_kv_heads": 2, "head_dim": 16, "value_dim": 16, "scale": 0.3, "causal": True}
     defaults |= {"softcap": None, "has_sinks": False, "has_bias": False, "has_alibi": False}
-    return Site("attention", "layer", "any", dtype, CPU, window, params=defaults | params)
+    return Site("attention", "layer", "any", dtype, CPU, span, params=defaults | params)
 
 
 def conv_site(dtype: torch.dtype = torch.float32, **params: object) -> Site:
@@ -115,7 +119,7 @@ def canonical(site: Site, tensors: tuple[Tensor, ...], shared: tuple[Tensor | No
     p = site.params
     if site.kind == "attention":
         sinks, bias, slopes = shared
-        options = {"scale": p["scale"], "window": site.window, "softcap": p["softcap"]}
+        options = {"scale": p["scale"], "span": site.span.name, "softcap": p["softcap"]}
         return attention.attention(*tensors, sinks, bias, None, slopes, **options)[0]
     return causal_conv1d.causal_conv1d(*tensors, *shared, activation=p["activation"])[0].T
 
@@ -148,13 +152,11 @@ def not_a_decode_step(batch: Batch) -> Batch:
     return replace(batch, num_tokens=batch.num_tokens + 1) if is_promised and not is_kept else batch
 
 
-def drop_pages_behind_window(batch: Batch, window: int | None) -> Batch:
+def drop_unread_pages(batch: Batch, span: Span) -> Batch:
     """Free the pages that no new token sees, as the engine does: their table entries become the scratch page."""
-    if window is None:
-        return batch
 
     def drop(row: Row) -> Row:
-        dropped = max(0, row.context_len + 1 - window) // batch.page_size
+        dropped = first(span, row.context_len) // batch.page_size
         return replace(row, tables=tuple((0,) * dropped + table[dropped:] for table in row.tables))
 
     return replace(batch, rows=tuple(drop(row) for row in batch.rows))
@@ -222,7 +224,7 @@ def check(backend: Backend, site: Site, batch: Batch) -> None:
     inputs = make_inputs(site, batch)
     caches = make_caches(backend, site, batch)
     step(backend, site, context_batch(batch), inputs, caches)
-    batch = drop_pages_behind_window(batch, site.window)
+    batch = drop_unread_pages(batch, site.span)
     owned = poison_unowned(site, batch, caches)
     before = [cache.clone() for cache in caches]
     out = step(backend, site, batch, inputs, caches).cpu()
@@ -299,7 +301,7 @@ def test_cached_op_is_well_formed(backend: Backend, site: Site) -> None:
 @pytest.mark.parametrize("cu_seqlens", [None, torch.tensor([0, 3, 5], dtype=torch.int32)])
 def test_canonical_op_is_well_formed(cu_seqlens: Tensor | None) -> None:
     query, key, value = torch.randn(1, 4, 6, 8), torch.randn(1, 2, 6, 8), torch.randn(1, 2, 6, 5)
-    options = {"scale": 0.3, "window": 3, "softcap": 2.0}
+    options = {"scale": 0.3, "span": "chunk_3", "softcap": 2.0}
     per_head = (torch.randn(4), None, cu_seqlens, torch.rand(4))
     torch.library.opcheck(attention.attention, (query, key, value, *per_head), options)
     hidden, weight, bias = torch.randn(1, 3, 6), torch.randn(3, 4), torch.randn(3)

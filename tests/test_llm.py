@@ -22,6 +22,7 @@ from torch._dynamo.utils import counters
 import autodeploy as ad
 from autodeploy.errors import AutodeployError, OptionError, RequestTooLong, UnknownName, UnsupportedFeature
 from autodeploy.graph.edit import Pass
+from autodeploy.metadata.span import Full, Window
 from autodeploy.runtime.engine import Engine
 from passes import default
 
@@ -120,8 +121,8 @@ def test_pages_behind_the_window_are_used_again() -> None:
     steps = default(page_size=PAGE_SIZE)
     spec = ad.apply(ad.trace(tiny("gemma3_text")), passes=steps).layout_spec
     assert spec is not None
-    assert set(spec.windows) == {None, WINDOW}
-    num_pages = tuple(100 if window is None else sliding_pages for window in spec.windows)
+    assert set(spec.spans) == {Full(), Window(WINDOW)}
+    num_pages = tuple(100 if span == Full() else sliding_pages for span in spec.spans)
     check("gemma3_text", run_engine("gemma3_text", steps, num_pages))
 
 

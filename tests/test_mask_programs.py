@@ -17,6 +17,7 @@ from autodeploy.errors import NoAttentionFound
 from autodeploy.graph import meta
 from autodeploy.graph.edit import get_attribute
 from autodeploy.graph.meta import LOOKED_AT
+from autodeploy.metadata.span import Window
 from autodeploy.trace.mask import Mask, read_mask
 from passes import FindAttention
 
@@ -68,27 +69,27 @@ def far_window(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
 
 
 @pytest.mark.parametrize(
-    ("form", "window"),
+    ("form", "span"),
     [
-        (window_in_a_tensor, 40),
-        (chunks_in_a_table, "bias"),
-        (chunks_of_chunks, "bias"),
+        (window_in_a_tensor, "window_40"),
+        (chunks_in_a_table, "chunk_50"),
+        (chunks_of_chunks, "chunk_256"),
         (seen_backwards_from_the_end, "refused"),
-        (far_window, 100_000),
+        (far_window, "window_100000"),
     ],
 )
-def test_what_shows_far_away(form: Form, window: int | str) -> None:
+def test_what_shows_far_away(form: Form, span: str) -> None:
     gm = export(form, tensors(3, 7))
     inputs = tensors(2, 300)
     before = gm(*inputs)
-    if window == "refused":
+    if span == "refused":
         with pytest.raises(NoAttentionFound, match=r"max.default is not known to treat positions one by one"):
             FindAttention().apply(gm)
         return
     node = reduced(gm)
     torch.testing.assert_close(gm(*inputs), before, atol=1e-5, rtol=0)  # float32, values of size one
-    assert (node.kwargs["window"] or "bias") == window
-    assert (node.args[4] is not None) == (window == "bias")
+    assert node.kwargs["span"] == span.replace("bias", "full")
+    assert (node.args[4] is not None) == (span == "bias")
 
 
 def test_a_value_that_was_looked_at_is_noted() -> None:
@@ -116,7 +117,7 @@ def test_a_mask_is_asked_up_to_the_models_largest_position(num_positions: int) -
 def test_masks_of_transformers() -> None:
     """Up to 2^20 positions; a function of the batch or of its own length is refused."""
     window = masking_utils.sliding_window_causal_mask_function(4096)
-    assert read_mask(window, 1 << 20) == Mask(window=4096)
+    assert read_mask(window, 1 << 20) == Mask(span=Window(4096))
     assert read_mask(masking_utils.bidirectional_mask_function, 1 << 20) == Mask(causal=False)
     for function in (lambda b, h, q, k: (k <= q) & (h < 3), lambda b, h, q, k: torch.arange(9)[k] <= q):
         assert read_mask(function, 1000).refused

@@ -139,7 +139,20 @@ MIXES: dict[str, tuple[Body, str]] = {
         "relates tokens",
     ),
     "einsum": (lambda x, p: torch.einsum("bsh,bth->bsh", x, x), "runs along the sequence"),
-    "repeat": (lambda x, p: x.repeat(1, 2, 1).view(x.shape[0], -1, 2, SIZE).sum(2), "runs along the sequence"),
+    "copies of the batch read as copies of tokens": (
+        lambda x, p: x.reshape(-1, SIZE).repeat(3, 1).view(-1, 3, SIZE).sum(1).view_as(x),
+        "reshapes one token",
+    ),
+    "two ways of copying": (
+        lambda x, p: (
+            (x.reshape(-1, SIZE).repeat(3, 1) + x.reshape(-1, SIZE).repeat_interleave(3, 0))
+            .view(3, -1, SIZE)
+            .sum(0)
+            .view_as(x)
+        ),
+        "reshapes one token",
+    ),
+    "repeat": (lambda x, p: x.repeat(1, 2, 1).view(x.shape[0], -1, 2, SIZE).sum(2), "reshapes one token"),
     "linear attention": (lambda x, p: x @ (x.transpose(1, 2) @ x), "reduces over tokens"),
     "sum by matmul": (lambda x, p: torch.ones(x.shape[1], x.shape[1]) @ x, "relates tokens to one another"),
     "pick by place": (lambda x, p: x[:, torch.arange(x.shape[1]) // 2], "picks tokens by their place"),
@@ -196,12 +209,18 @@ def _counted_in_place(hidden: Tensor, position_ids: Tensor) -> Tensor:
 
 
 COUNTS_PLACES: dict[str, Body] = {
-    "learned positions": _learned_positions,
     "slice of a table": lambda x, p: x + torch.ones(64, SIZE)[: x.shape[1]],
     "cumsum of ones": lambda x, p: x + torch.ones(x.shape[:2]).cumsum(1).unsqueeze(-1),
-    "both kinds": lambda x, p: x * (p - torch.arange(x.shape[1])).unsqueeze(-1),
+    "from one on": lambda x, p: x * torch.arange(1, x.shape[1] + 1)[:, None],
+    "across rows": lambda x, p: x * torch.arange(x.shape[0] * x.shape[1]).view(*x.shape[:2], 1),
+    "backwards": lambda x, p: x * torch.arange(x.shape[1]).flip(0)[:, None],
     "length": lambda x, p: x * x.shape[1],
+}
+POSITIONS: dict[str, Body] = {
+    "learned positions": _learned_positions,
+    "both kinds": lambda x, p: x * (1 + p - torch.arange(x.shape[1])).unsqueeze(-1),
     "in-place": _counted_in_place,
+    "scaled": lambda x, p: x * torch.log1p(torch.floor((torch.arange(x.shape[1]).float() + 1) / 4))[:, None],
 }
 
 
@@ -233,6 +252,35 @@ def test_counted_places_are_refused(case: str) -> None:
         NestInputs().apply(gm)
     assert "test_mixing.py" in caught.value.where
     assert str(gm.graph) == before
+
+
+def check_packed(body: Body) -> None:
+    """Sequences of 5, 1 and 9 tokens, padded by two tokens, give packed what each gives alone."""
+    gm = traced(body)
+    FindAttention().apply(gm)
+    lengths, ids = [5, 1, 9], torch.arange(15) % 16
+    alone = [fx.Interpreter(gm).run(row[None], torch.arange(len(row))[None])[0] for row in ids.split(lengths)]
+    assert NestInputs().apply(gm) == 1
+    layout = torch.tensor([[length, 0, 0] for length in lengths], dtype=torch.int32)
+    packed = fx.Interpreter(gm).run(F.pad(ids, (0, 2)).int(), layout)
+    torch.testing.assert_close(packed[0, : len(ids)], torch.cat(alone))
+
+
+@pytest.mark.parametrize("case", POSITIONS)
+def test_counted_positions_are_those_of_each_sequence(case: str) -> None:
+    check_packed(POSITIONS[case])
+
+
+def test_whole_copies_of_the_batch_are_told_from_copies_of_each_token() -> None:
+    """As Llama 4's experts have them: each sees all tokens, and what it gives is summed."""
+    scores = torch.linspace(0.5, 2.0, SIZE * 3).view(SIZE, 3)
+
+    def experts(x: Tensor, p: Tensor) -> Tensor:
+        tokens = x.reshape(-1, SIZE)
+        weights = (tokens @ scores).t().reshape(-1, 1)
+        return (tokens.repeat(3, 1) * weights).view(3, -1, SIZE).sum(0).view_as(x)
+
+    check_packed(experts)
 
 
 def test_what_each_node_carries() -> None:

@@ -4,36 +4,39 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
+import spans
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from spans import FULL, SPANS
 
 from autodeploy.errors import LayoutError
 from autodeploy.kernels.registry import field_named
 from autodeploy.metadata.layout import QUERY_LEN, LayoutSpec
 from autodeploy.metadata.nest import Arena, nest_sequences
+from autodeploy.metadata.span import Window
 
-SPEC = LayoutSpec(page_size=4, windows=(None, 6), has_state=True)
+SPEC = LayoutSpec(page_size=4, spans=(FULL, Window(6)), has_state=True)
 
 
 @st.composite
 def batches(draw: st.DrawFn) -> tuple[LayoutSpec, dict]:
     """A valid ragged batch: pages dealt from a shuffled deck, those behind a window freed or kept at random."""
     page_size = draw(st.sampled_from([1, 2, 4, 16]))
-    windows = tuple(draw(st.lists(st.sampled_from([None, 1, 3, 8]), max_size=3)))
-    spec = LayoutSpec(page_size, windows, draw(st.booleans()))
+    of_groups = tuple(draw(st.lists(st.sampled_from(SPANS), max_size=3)))
+    spec = LayoutSpec(page_size, of_groups, draw(st.booleans()))
     rng = np.random.default_rng(draw(st.integers(0, 2**32 - 1)))
     query = np.array(draw(st.lists(st.integers(1, 9), max_size=6)), dtype=np.int32)
     context = np.array([draw(st.integers(0, 20)) for _ in query], dtype=np.int32)
     used = -(-(query + context) // page_size)
     width = int(used.max(initial=1)) + draw(st.integers(0, 2))
     num_pages = int(used.sum()) + 2
-    tables = np.full((len(windows), len(query), width), -7, dtype=np.int32)
-    for group, window in enumerate(windows):
+    tables = np.full((len(of_groups), len(query), width), -7, dtype=np.int32)
+    for group, span in enumerate(of_groups):
         deck = rng.permutation(np.arange(1, num_pages)).tolist()
         for row, count in enumerate(used):
             tables[group, row, :count] = [deck.pop() for _ in range(count)]
-            dead = 0 if window is None else max(0, context[row] + 1 - window) // page_size
+            dead = spans.first(span, int(context[row])) // page_size
             tables[group, row, : dead * draw(st.booleans())] = 0
     batch = {
         "token_ids": rng.integers(1, 100, query.sum()).astype(np.int32),
@@ -41,7 +44,7 @@ def batches(draw: st.DrawFn) -> tuple[LayoutSpec, dict]:
         "context_lens": context,
         "block_tables": tables,
         "state_slots": rng.permutation(np.arange(1, len(query) + 1)).astype(np.int32),
-        "num_pages": (num_pages,) * len(windows),
+        "num_pages": (num_pages,) * len(of_groups),
         "num_state_slots": len(query) + 1,
         "pages_per_sequence": width + draw(st.integers(0, 2)),
         "pad_tokens": draw(st.integers(0, 70)),
@@ -107,11 +110,11 @@ def test_unused_entries_and_padding_rows_name_only_scratch(case: tuple[LayoutSpe
     size = 200 + 8 * spec.num_columns(batch["pages_per_sequence"])
     nested = nest_sequences(**batch, spec=spec, arena=Arena(torch.full((size,), 99, dtype=torch.int32)))
     assert not nested.layout[num_sequences:].any()
-    for group, window in enumerate(spec.windows):
+    for group, span in enumerate(spec.spans):
         table = field_named("block_table").op(nested.layout, group, spec.num_groups)
         for row in range(num_sequences):
             new, cached = int(batch["query_lens"][row]), int(batch["context_lens"][row])
-            first = 0 if window is None else max(0, cached + 1 - window) // spec.page_size
+            first = spans.first(span, cached) // spec.page_size
             last = (cached + new - 1) // spec.page_size
             assert table[row, first : last + 1].all()
             assert not table[row, :first].any()

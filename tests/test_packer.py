@@ -12,6 +12,7 @@ from fake_graphs import WorkGraphs
 from hash_model import VOCABULARY, HashModel, assert_nothing_owned, make_engine
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from spans import SPANS
 from torch import Tensor
 
 from autodeploy.errors import OptionError, RequestTooLong
@@ -63,7 +64,7 @@ def check_each_step(engine: Engine) -> list[bool]:
 @given(st.data())
 def test_every_step_is_packed_as_nest_sequences_packs_it(data: st.DataObject) -> None:
     """Whatever comes, leaves, is preempted or falls behind a window."""
-    model = HashModel(data.draw(st.integers(1, 5)), data.draw(st.integers(1, 9)))
+    model = HashModel(data.draw(st.integers(1, 5)), data.draw(st.sampled_from(SPANS[1:])))
     max_num_seqs = data.draw(st.integers(1, 9))
     engine = make_engine(
         model,
@@ -90,7 +91,7 @@ def test_every_step_is_packed_as_nest_sequences_packs_it(data: st.DataObject) ->
 
 
 def test_a_decode_step_of_the_same_requests_is_an_update() -> None:
-    engine = make_engine(HashModel(page_size=4, window=6), num_pages=(80, 80))
+    engine = make_engine(HashModel(page_size=4), num_pages=(80, 80))
     engine.add_many([[1] * 5, [2] * 3], [SamplingParams(max_tokens=30)] * 2)
     updated = check_each_step(engine)
     while engine.has_work:

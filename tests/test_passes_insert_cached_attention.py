@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pytest
+from spans import FULL
 from tiny_models import MODEL_TYPES, WINDOW
 from traces import apply, before, text
 
@@ -10,6 +11,7 @@ from autodeploy.errors import OptionError, UnknownName
 from autodeploy.graph.dependence import split
 from autodeploy.graph.edit import placeholders, take_near_misses
 from autodeploy.graph.meta import CACHE_SPECS, LAYOUT_SPEC, SITE
+from autodeploy.metadata.span import Span, Window
 from autodeploy.ops.kinds import kind_of
 from passes import InsertCachedAttention
 
@@ -27,21 +29,21 @@ def test_every_layer_gets_its_caches(model_type: str, backend: str) -> None:
 
 
 @pytest.mark.parametrize(
-    ("model_type", "windows", "has_state"),
+    ("model_type", "spans", "has_state"),
     [
-        ("llama", (None,), False),
-        ("mistral", (WINDOW,), False),
-        ("gemma2", (WINDOW, None), False),
-        ("lfm2", (None,), True),
+        ("llama", (FULL,), False),
+        ("mistral", (Window(WINDOW),), False),
+        ("gemma2", (Window(WINDOW), FULL), False),
+        ("lfm2", (FULL,), True),
     ],
 )
-def test_layers_of_one_window_share_a_group(model_type: str, windows: tuple[int | None, ...], has_state: bool) -> None:
+def test_layers_of_one_span_share_a_group(model_type: str, spans: tuple[Span, ...], has_state: bool) -> None:
     gm = before("insert_cached_attention", model_type)
     InsertCachedAttention(page_size=8).apply(gm)
     spec = LAYOUT_SPEC.of(gm)
-    assert (spec.page_size, spec.windows, spec.has_state) == (8, windows, has_state)
+    assert (spec.page_size, spec.spans, spec.has_state) == (8, spans, has_state)
     paged = [SITE.of(node) for node in gm.graph.nodes if SITE.on(node) and SITE.of(node).kind == "attention"]
-    assert all(spec.windows[site.group] == site.window for site in paged)
+    assert all(spec.spans[site.group] == site.span for site in paged)
 
 
 def test_metadata_is_written_once_per_layer() -> None:

@@ -14,6 +14,7 @@ import pytest
 import torch
 from interpreter import interpreted
 from ragged import make_batch
+from spans import FULL, first
 from test_kernels import (
     BATCHES,
     attention_site,
@@ -33,6 +34,7 @@ from autodeploy.kernels import causal_conv1d_package, flashinfer, varlen
 from autodeploy.kernels.causal_conv1d_package import PackageCausalConv1d
 from autodeploy.kernels.flashinfer import FlashInferAttention
 from autodeploy.kernels.varlen import VarlenAttention
+from autodeploy.metadata.span import Span, Window
 from autodeploy.ops.spec import Backend, Site
 
 PLAIN = replace(attention_site(dtype=torch.bfloat16), page_size=256, num_groups=1)
@@ -88,7 +90,7 @@ def call(backend: Backend, site: Site, lengths: list[tuple[int, int]], padding_t
     )
 
 
-@pytest.mark.parametrize(("window", "left"), [(None, -1), (5, 4)])
+@pytest.mark.parametrize(("span", "left"), [(FULL, -1), (Window(5), 4)])
 @pytest.mark.parametrize(
     ("lengths", "name", "max_q"),
     [([(1, 9), (1, 3)], "varlen_attn", 1), ([(2, 9), (1, 3)], "varlen_attn_out", 3)],
@@ -97,7 +99,7 @@ def test_varlen_arguments(
     lengths: list[tuple[int, int]],
     name: str,
     max_q: int,
-    window: int | None,
+    span: Span,
     left: int,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
@@ -110,7 +112,7 @@ def test_varlen_arguments(
         return torch.zeros_like(calls[-1]["query"])
 
     monkeypatch.setattr(torch_varlen, name, record)
-    out = call(VarlenAttention(), replace(PLAIN, window=window), lengths)
+    out = call(VarlenAttention(), replace(PLAIN, span=span), lengths)
     (passed,) = calls
     num_tokens = sum(query for query, _ in lengths)
     assert out.shape == (1, num_tokens, 6, 16)
@@ -187,7 +189,7 @@ HEADS_OF_64 = changed(PLAIN, head_dim=64, value_dim=64)
     ("site", "found", "reason"),
     [
         (HEADS_OF_64, "0.6.9", None),
-        (replace(HEADS_OF_64, page_size=16, window=5), "0.6.14", None),
+        (replace(HEADS_OF_64, page_size=16, span=Window(5)), "0.6.14", None),
         (changed(HEADS_OF_64, softcap=30.0), "0.6.9.post1", None),
         (HEADS_OF_64, "0.6.8", "flashinfer 0.6.8 is not known here: pip install 'flashinfer-python>=0.6.9,<0.7'"),
         (HEADS_OF_64, "0.7.0", "flashinfer 0.7.0 is not known here: pip install 'flashinfer-python>=0.6.9,<0.7'"),
@@ -211,12 +213,12 @@ def test_flashinfer_is_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
     assert FlashInferAttention().why_not(HEADS_OF_64) == expected
 
 
-@pytest.mark.parametrize(("window", "left"), [(None, -1), (5, 4)])
+@pytest.mark.parametrize(("span", "left"), [(FULL, -1), (Window(5), 4)])
 @pytest.mark.parametrize(
     ("lengths", "name"), [([(1, 9), (1, 3), (1, 0)], "fa2"), ([(2, 9), (1, 3), (0, 7)], "fa3")], ids=["decode", "mixed"]
 )
 def test_flashinfer_arguments(
-    lengths: list[tuple[int, int]], name: str, window: int | None, left: int, monkeypatch: pytest.MonkeyPatch
+    lengths: list[tuple[int, int]], name: str, span: Span, left: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """What a plan and a run are asked, in the order in which FlashInfer's wrappers of these versions ask it."""
     asked, plans, runs = [], [], []
@@ -232,17 +234,17 @@ def test_flashinfer_arguments(
         monkeypatch.setitem(sys.modules, path, stub)
     monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
     monkeypatch.setattr(flashinfer, "_PARTIAL_BYTES", 64)
-    out = call(FlashInferAttention(), replace(HEADS_OF_64, window=window), lengths)
+    out = call(FlashInferAttention(), replace(HEADS_OF_64, span=span), lengths)
 
     bf16 = torch.bfloat16
-    assert asked == [(name, bf16, bf16, bf16, torch.int32, 64, 64, 0, window is not None, False, False)] * 2
+    assert asked == [(name, bf16, bf16, bf16, torch.int32, 64, 64, 0, span != FULL, False, False)] * 2
     (plan,) = plans
     starts, pages, seen = plan[3:6]
     assert plan[6:15] == (3, 3, 6, 2, 4, False, 64, 64, True)
     assert plan[15:] == ((left, -1, False, 0) if name == "fa2" else (left,))
     assert starts.tolist() == [0, *itertools.accumulate(query for query, _ in lengths)]
     # The positions of whole pages, of which the last is used in part, from the first that the window sees.
-    firsts = [0 if window is None else max(0, context + 1 - window) // 4 * 4 for _, context in lengths]
+    firsts = [first(span, context) // 4 * 4 for _, context in lengths]
     assert seen.tolist() == [query + context - first for (query, context), first in zip(lengths, firsts, strict=True)]
     assert pages.diff().tolist() == [-(-length // 4) for length in seen.tolist()]
     (run,) = runs

@@ -6,9 +6,11 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from spans import FULL, SPANS
 
 from autodeploy.errors import OptionError, RequestTooLong
 from autodeploy.metadata.layout import LayoutSpec
+from autodeploy.metadata.span import Span, Window
 from autodeploy.runtime.pages import BlockTables
 from autodeploy.runtime.requests import Request, SamplingParams, Status, make_request
 from autodeploy.runtime.scheduler import Scheduler
@@ -17,12 +19,12 @@ from autodeploy.runtime.scheduler import Scheduler
 def make_scheduler(
     *,
     num_pages: tuple[int, ...] = (9,),
-    windows: tuple[int | None, ...] = (None,),
+    spans: tuple[Span, ...] = (FULL,),
     page_size: int = 2,
     max_num_seqs: int = 4,
     max_num_tokens: int = 8,
 ) -> Scheduler:
-    tables = BlockTables(LayoutSpec(page_size, windows), num_pages, max_num_seqs, 64)
+    tables = BlockTables(LayoutSpec(page_size, spans), num_pages, max_num_seqs, 64)
     return Scheduler(tables, max_num_tokens=max_num_tokens, max_model_len=100)
 
 
@@ -44,11 +46,11 @@ def run_step(scheduler: Scheduler) -> list[tuple[Request, int]]:
 @st.composite
 def workloads(draw: st.DrawFn) -> tuple[Scheduler, list[Request]]:
     page_size = draw(st.integers(1, 4))
-    windows = tuple(draw(st.lists(st.sampled_from([None, 1, 3, 6]), max_size=2)))
+    spans = tuple(draw(st.lists(st.sampled_from(SPANS), max_size=2)))
     max_num_seqs = draw(st.integers(1, 5))
     scheduler = make_scheduler(
-        num_pages=tuple(draw(st.integers(3, 12)) for _ in windows),
-        windows=windows,
+        num_pages=tuple(draw(st.integers(3, 12)) for _ in spans),
+        spans=spans,
         page_size=page_size,
         max_num_seqs=max_num_seqs,
         max_num_tokens=draw(st.integers(max_num_seqs, 12)),
@@ -139,7 +141,7 @@ def test_a_request_that_can_never_fit_is_refused(lengths: tuple[int, int], messa
 
 
 def test_a_sliding_window_takes_long_requests_into_a_small_pool() -> None:
-    make_scheduler(windows=(4,), num_pages=(4,)).check_length(80, 20)
+    make_scheduler(spans=(Window(4),), num_pages=(4,)).check_length(80, 20)
 
 
 def test_a_budget_below_one_token_per_sequence_is_refused() -> None:

@@ -70,7 +70,7 @@ def test_threads_share_steps(llm: ad.LLM) -> None:
 
 
 def hash_engine(**options: Any) -> tuple[HashModel, Engine]:
-    model = HashModel(page_size=4, window=6)
+    model = HashModel(page_size=4)
     return model, make_engine(model, tokenizer=LetterTokenizer(), **options)
 
 
@@ -193,7 +193,7 @@ def test_a_tokenizer_that_raises_ends_its_stream_at_once(caplog: pytest.LogCaptu
         def decode(self, token_ids: list[int], *, skip_special_tokens: bool) -> str:
             raise KeyError("broken")
 
-    engine = make_engine(HashModel(page_size=4, window=6), tokenizer=Broken())
+    engine = make_engine(HashModel(page_size=4), tokenizer=Broken())
     with pytest.raises(RequestFailed, match="the tokenizer raised KeyError"):
         list(stream_of(engine, [5], max_tokens=40))
     assert engine.stats.num_steps < 5

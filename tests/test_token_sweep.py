@@ -55,7 +55,7 @@ def test_a_model_that_is_accepted_keeps_tokens_apart(seed: int) -> None:
     FindAttention().apply(gm)
     assert token_flow(gm, gm.graph.find_nodes(op="call_function", target=ATTENTION)).mixing == []
     (attention,) = gm.graph.find_nodes(op="call_function", target=ATTENTION)
-    attention.kwargs = {**attention.kwargs, "window": 1}  # sees itself alone
+    attention.kwargs = {**attention.kwargs, "span": "window_1"}  # sees itself alone
     gm.recompile()
     ids, positions = torch.zeros(2, 6, dtype=torch.int64), torch.arange(6).repeat(2, 1)
     before = gm(input_ids=ids, position_ids=positions)

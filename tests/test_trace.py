@@ -29,6 +29,7 @@ from transformers.models.llama import modeling_llama
 from autodeploy.errors import AutodeployError, NoAttentionFound, TraceError, UnsupportedFeature
 from autodeploy.graph.location import module_path
 from autodeploy.graph.meta import STACK_TRACE, VALUE
+from autodeploy.metadata.span import Full, Window
 from autodeploy.trace import trace
 from autodeploy.trace.mask import Mask, read_mask
 
@@ -36,7 +37,7 @@ ATTENTION = torch.ops.autodeploy.attention.default
 CONV = torch.ops.autodeploy.causal_conv1d.default
 
 _SCALE = {"scale": HEAD_DIM**-0.5}
-_WINDOW = {"window": WINDOW}
+_WINDOW = {"span": f"window_{WINDOW}"}
 _GEMMA = {"scale": 64**-0.5}
 _SOFTCAP = {"softcap": 1.0}
 _SINKS = {"sinks": True}
@@ -229,15 +230,15 @@ def test_mask_used_outside_the_interface_is_seen(monkeypatch: pytest.MonkeyPatch
 @settings(deadline=None, max_examples=30)
 @given(window=st.integers(1, 300))
 def test_read_mask_finds_windows(window: int) -> None:
-    seen = None if window >= 256 else window
-    assert read_mask(sliding_window_causal_mask_function(window), 256) == Mask(window=seen)
+    seen = Full() if window >= 256 else Window(window)
+    assert read_mask(sliding_window_causal_mask_function(window), 256) == Mask(span=seen)
 
 
 def test_read_mask_knows_full_and_two_sided_masks() -> None:
     assert read_mask(causal_mask_function, 4096) == Mask()
     assert read_mask(bidirectional_mask_function, 4096) == Mask(causal=False)
     # "Within distance 5" counts 5 itself.
-    assert read_mask(sliding_window_bidirectional_mask_function(5), 4096) == Mask(causal=False, window=6)
+    assert read_mask(sliding_window_bidirectional_mask_function(5), 4096) == Mask(causal=False, span=Window(6))
 
 
 @pytest.mark.parametrize("chunk", [3, 64, 1000])

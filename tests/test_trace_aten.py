@@ -39,7 +39,7 @@ def test_a_dynamo_graph_of_a_model_has_its_attention_found() -> None:
             torch.testing.assert_close(compiled(**inputs).logits, model(**inputs).logits, atol=1e-5, rtol=0)
     (gm,) = graphs
     nodes = gm.graph.find_nodes(op="call_function", target=ATTENTION)
-    assert [node.kwargs["window"] for node in nodes] == [8, 8, 8, None]
+    assert [node.kwargs["span"] for node in nodes] == ["window_8"] * 3 + ["full"]
     assert module_path(nodes[0]).endswith("layers.0.self_attn")
     assert "modeling_gemma3.py" in STACK_TRACE.of(nodes[0])
     torch._dynamo.reset()

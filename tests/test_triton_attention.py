@@ -15,6 +15,7 @@ from test_kernels import ATTENTION_SITES, BATCHES, Inputs, attention_site, check
 
 from autodeploy.kernels import triton_blocks, triton_decode
 from autodeploy.kernels.triton_attention import BACKENDS, TritonAttention
+from autodeploy.metadata.span import Chunk, Window
 from autodeploy.ops.spec import Site
 
 TRITON, TRITON_FP8 = BACKENDS
@@ -22,14 +23,15 @@ CPU = torch.device("cpu")
 SITES = {name: options for name, options in ATTENTION_SITES.items() if name != "float64"}
 SITES |= {
     "float16": {"dtype": torch.float16},
-    "float16_all": {"dtype": torch.float16, "window": 6, "softcap": 2.0, "has_sinks": True},
+    "float16_all": {"dtype": torch.float16, "span": Window(6), "softcap": 2.0, "has_sinks": True},
     "size_80": {"head_dim": 80, "value_dim": 80, "scale": 0.1},
     "size_96_value_40": {"head_dim": 96, "value_dim": 40, "scale": 0.1},
     "size_256": {"head_dim": 256, "value_dim": 256, "scale": 0.06},
     "group_20": {"num_heads": 20, "num_kv_heads": 1},
     "float16_alibi": {"dtype": torch.float16, "has_alibi": True, "num_kv_heads": 6},
-    "window_alibi": {"window": 20, "has_alibi": True, "num_kv_heads": 1},
-    "window_sinks": {"window": 20, "has_sinks": True},
+    "window_alibi": {"span": Window(20), "has_alibi": True, "num_kv_heads": 1},
+    "window_sinks": {"span": Window(20), "has_sinks": True},
+    "chunk_20": {"span": Chunk(20), "has_sinks": True},
 }
 # More tokens than rows, but for the decode step, whose padding tokens are those of its padding rows.
 STEPS = {name: (lengths, 2 if name == "decode" else 3) for name, lengths in BATCHES.items()}

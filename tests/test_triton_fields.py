@@ -21,7 +21,6 @@ from torch._inductor.utils import run_and_get_code
 from autodeploy.kernels import reference as reference
 from autodeploy.kernels.field_arena import _VIEWS_BOOLEANS, LAUNCHER, choose_blocks
 from autodeploy.kernels.registry import catalogue, field_named
-from autodeploy.kernels.torch_fields import NO_WINDOW
 from autodeploy.metadata import fields
 from autodeploy.metadata.field import FieldRequest
 from autodeploy.metadata.layout import NUM_FIXED_COLUMNS
@@ -32,7 +31,7 @@ __all__ = ["triton_device"]
 def every_request(num_groups: int, page_sizes: tuple[int, ...], tile_sizes: tuple[int, ...]) -> list[FieldRequest]:
     """Every field that the launcher knows, with all combinations of parameters."""
     values = {"group": range(num_groups), "num_groups": [num_groups], "page_size": page_sizes}
-    values |= {"window": [1, 5, NO_WINDOW], "block_size": tile_sizes}
+    values |= {"span": ["full", "window_1", "window_5", "chunk_1", "chunk_6"], "block_size": tile_sizes}
     found = []
     for entry in catalogue():
         names = [name for name in inspect.signature(entry.formula).parameters if name not in ("layout", "num_tokens")]

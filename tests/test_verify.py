@@ -42,7 +42,7 @@ def test_the_default_pipeline_verifies(model_type: str) -> None:
     assert ad.apply(in_bfloat16(model_type), verify=True).report.passes
 
 
-@pytest.mark.parametrize("wrong", [Wrong("window", 2), Wrong("scale", 0.5)])
+@pytest.mark.parametrize("wrong", [Wrong("span", "window_2"), Wrong("scale", 0.5)])
 @pytest.mark.parametrize("model_type", ["llama", "gpt_oss"])
 def test_what_is_wrong_is_seen(model_type: str, wrong: Wrong) -> None:
     """The scale is twice what it was."""

@@ -172,7 +172,7 @@ _LLAMA_FIELDS = (
 _MANY_FIELDS = (
     *(FieldRequest("slot_mapping", (group, 8, 16)) for group in range(8)),
     *(FieldRequest("kv_page_indices", (group, 8, 16)) for group in range(8)),
-    *(FieldRequest("seen_page_indptr", (16, window)) for window in (128, 4096)),
+    *(FieldRequest("seen_page_indptr", (16, span)) for span in ("window_128", "chunk_4096")),
     *(FieldRequest(name, ()) for name in ("position_ids", "is_token", "token_to_seq", "seq_lens", "has_initial_state")),
     FieldRequest("last_page_len", (16,)),
     FieldRequest("query_tiles", (64,)),

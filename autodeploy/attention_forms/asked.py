@@ -1,15 +1,15 @@
 """Which of the terms added to scores are a mask that has a closed form, found by asking for their values.
 
 A mask that depends on positions, sizes and constants alone is a function of the places of its query and its key. It is
-compared with what the canonical op can say in words, everything, causal, a window, for all pairs up to the model's
-largest position. Where positions are an input, they are asked as 0, 1, 2, ... in every row: a row is one sequence.
+compared with what the canonical op can say in words, causality and a span, for all pairs up to the model's largest
+position. Where positions are an input, they are asked as 0, 1, 2, ... in every row: a row is one sequence.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import reduce
 from itertools import product
 from typing import Any
@@ -25,6 +25,7 @@ from autodeploy.attention_forms.unfold import unfolder
 from autodeploy.attention_forms.unfolder import Unfolder
 from autodeploy.graph.edit import look_at
 from autodeploy.graph.meta import NUM_POSITIONS, VALUE
+from autodeploy.metadata.span import Chunk, Full, Span, Window
 
 # Where nothing tells how long sequences may be; the longest that models of today are made for is about that.
 LARGEST = 1 << 20
@@ -34,22 +35,46 @@ _ROWS = 9
 
 @dataclass(frozen=True)
 class Seen:
-    """A query at position i sees keys j <= i if `causal`, and only |i - j| < `window` if there is one."""
+    """A query sees no key after it if `causal`, and keys in its span; not `causal`, it also has to be in theirs."""
 
     causal: bool
-    window: int | None = None
+    span: Span = field(default_factory=Full)
 
     def value(self, values: Values) -> Value:
         """The same as a function of places."""
-        distance = values.apply(aten.sub.Tensor, values.query, values.key, dtype=torch.int64)
+        query, key = values.query, values.key
+        terms = [(query, key)] if self.causal else []
+        if self.span.longest is not None:
+            begins = (self.span.first_seen(_Position(values, place)).value for place in (query, key))
+            terms += zip((key, query), begins, strict=True)
         seen = values.constant(torch.tensor([True]), 0)
-        if self.causal:
-            seen = values.apply(aten.ge.Scalar, distance, 0, dtype=torch.bool)
-        if self.window is None:
-            return seen
-        size = values.apply(aten.abs.default, distance, dtype=torch.int64)
-        near = values.apply(aten.lt.Scalar, size, self.window, dtype=torch.bool)
-        return values.apply(aten.logical_and.default, seen, near, dtype=torch.bool)
+        for late, early in terms:
+            follows = values.apply(aten.ge.Tensor, late, early, dtype=torch.bool)
+            seen = values.apply(aten.logical_and.default, seen, follows, dtype=torch.bool)
+        return seen
+
+
+@dataclass(frozen=True)
+class _Position:
+    """A place with the arithmetic that spans ask of a position."""
+
+    values: Values
+    value: Value
+
+    def __add__(self, other: int) -> _Position:
+        return self._by(aten.add.Scalar, other)
+
+    def __sub__(self, other: int) -> _Position:
+        return self._by(aten.sub.Scalar, other)
+
+    def __mul__(self, other: int) -> _Position:
+        return self._by(aten.mul.Scalar, other)
+
+    def __floordiv__(self, other: int) -> _Position:
+        return self._by(aten.floor_divide.default, other)
+
+    def _by(self, op: Any, other: int) -> _Position:
+        return _Position(self.values, self.values.apply(op, self.value, other, dtype=torch.int64))
 
 
 def read_form(square: Square, values: Values, seen: Value) -> Seen | None:
@@ -59,15 +84,19 @@ def read_form(square: Square, values: Values, seen: Value) -> Seen | None:
     """
     index_L = torch.arange(square.longest)
     _, longest = square.at(seen, index_L, index_L)
-    last_L, _ = square.at(seen, index_L[longest - 1 : longest], index_L[:longest])
     first_L, _ = square.at(seen, index_L[:1], index_L[:longest])
-    num_seen = int(last_L.sum())
-    form = Seen(longest > 1 and not bool(first_L[1:].any()), None if num_seen == longest else num_seen)
-    is_form = values.apply(aten.eq.Tensor, seen, form.value(values), dtype=torch.bool)
+    by_L, _ = square.at(seen, index_L[:longest], index_L[:1])
+    is_causal, num_seeing = longest > 1 and not bool(first_L[1:].any()), int(by_L.sum())
+    # The first key is seen by as many queries as a window or a chunk has tokens.
+    spans = [Full()] if num_seeing == longest else [Window(num_seeing), Chunk(num_seeing)] if num_seeing else []
     # Most of what is something else shows so in a few rows, and would take longer to be proved so.
-    row_R = torch.linspace(0, longest - 1, min(longest, _ROWS)).long()
-    is_like, _ = square.at(is_form, row_R[:, None], index_L[None, :longest])
-    return form if num_seen and bool(is_like.all()) and square.holds(is_form) else None
+    row_R1 = torch.linspace(0, longest - 1, min(longest, _ROWS)).long()[:, None]
+    for form in (Seen(is_causal, span) for span in spans):
+        is_form = values.apply(aten.eq.Tensor, seen, form.value(values), dtype=torch.bool)
+        is_like, _ = square.at(is_form, row_R1, index_L[None, :longest])
+        if bool(is_like.all()) and square.holds(is_form):
+            return form
+    return None
 
 
 class Sizes:

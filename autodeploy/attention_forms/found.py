@@ -68,7 +68,7 @@ class Attention:
             alibi_slopes=alibi_slopes,
             scale=self.scale,
             causal=self.seen.causal,
-            window=self.seen.window,
+            span=self.seen.span.name,
             softcap=self.softcap,
         )
         result = _cast(aten.transpose.int(result, 1, 2), common, out_dtype)

@@ -251,4 +251,5 @@ def _heads_of(key: Operand, value: Operand, scores: Scores, output: fx.Node) -> 
 
 def _describe(seen: Seen, bias: Sequence[Term]) -> list[str]:
     mask = "causal" if seen.causal else "full"
-    return [mask if seen.window is None else f"{mask} window", *(["bias"] if bias else [])]
+    words = [mask, seen.span.name.partition("_")[0]] if seen.span.longest is not None else [mask]
+    return [" ".join(words), *(["bias"] if bias else [])]

@@ -102,7 +102,7 @@ def run_batch(gm: fx.GraphModule, batch: Sequence[tuple[int, int]], generator: t
     if placeholder(gm, "layout") is None:
         return torch.cat([_run_padded(gm, sequence) for sequence in tokens])
     if not placeholders(gm, "cache"):
-        spec = LayoutSpec(page_size=1, windows=())
+        spec = LayoutSpec(page_size=1, spans=())
         return _last_rows(_run_packed(gm, [s.numpy() for s in tokens], [0] * len(tokens), spec, ()), tokens)
     return _run_cached(gm, batch, tokens)
 

@@ -15,7 +15,7 @@ BROADCASTS = {"expand", "expand_as", "repeat"}
 # Not pointwise, but the shape of the result says all.
 RESHAPES = {"view", "reshape", "_unsafe_view", "view_as", "reshape_as", "flatten", "unflatten"}
 _VIEWS = RESHAPES | {"squeeze", "unsqueeze", "transpose", "permute", "t", "select", "unbind", "stack"}
-_VIEWS |= {"repeat_interleave", "movedim", "moveaxis", "swapaxes", "swapdims", "mT", "numpy_T"}
+_VIEWS |= {"repeat_interleave", "movedim", "moveaxis", "swapaxes", "swapdims", "mT", "numpy_T", "view_as_real"}
 _COPIES = {"to", "_to_copy", "type_as", "contiguous", "clone", "alias", "detach", "lift_fresh_copy", "copy", "dropout"}
 INDEXING = {"index", "index_select", "gather", "index_put", "scatter", "scatter_add", "index_add", "embedding"}
 _JUDGED_BY_SHAPE = FILLS | BROADCASTS | _VIEWS | _COPIES | INDEXING | {"one_hot"}
@@ -67,7 +67,7 @@ _UNTAGGED |= {
     "__and__",
     "__or__",
 }
-_UNTAGGED |= {"__xor__", "hardswish", "log_sigmoid", "special_expit", "prelu"}
+_UNTAGGED |= {"__xor__", "hardswish", "log_sigmoid", "special_expit", "prelu", "polar", "complex"}
 INDEX_ARGUMENTS = ("index", "indices", "offs")
 
 
@@ -86,7 +86,7 @@ def worked_dims(node: fx.Node, source: Tensor, result: Tensor) -> Sequence[int] 
         return ()
     if name in _NORMS:
         return range(ndim - len(arguments["normalized_shape"]), ndim)
-    if name in _CONTRACTIONS | ADDED_CONTRACTIONS:
+    if name in _CONTRACTIONS | ADDED_CONTRACTIONS | {"view_as_complex"}:
         return (ndim - 1,)
     if name in ("constant_pad_nd", "pad"):
         return [ndim - 1 - index // 2 for index, amount in enumerate(arguments["pad"]) if amount != 0]

@@ -59,7 +59,9 @@ class Flow:
     """`mixing` and `places` list (node, why) in graph order.
 
     `mixing`: tokens are mixed outside attention. `places`: places in the row that the graph counted itself reach
-    activations. `sorted` are the sorts over tokens.
+    activations. `sorted` are the sorts over tokens, `stacked` those nodes whose token dimension, of c * B * S, holds c
+    whole batches one after the other; in others it holds c values of each token next to each other. `positions` are
+    nodes that count 0, 1, 2, ... along a row and are taken for what they are of a token: its position.
     """
 
     attention: Collection[fx.Node]
@@ -70,15 +72,19 @@ class Flow:
     places: list[tuple[fx.Node, str]] = field(default_factory=list)
     token_dims: dict[int, list[int]] = field(default_factory=dict)
     sorted: set[fx.Node] = field(default_factory=set)
+    stacked: set[fx.Node] = field(default_factory=set)
+    positions: Collection[fx.Node] = ()
 
 
-def token_flow(gm: fx.GraphModule, attention: Collection[fx.Node]) -> Flow:
+def token_flow(gm: fx.GraphModule, attention: Collection[fx.Node], *, takes_positions: bool = False) -> Flow:
     """What flows from token to token outside the nodes `attention`, which keep sequences apart.
 
     `gm` is a canonical graph of `input_ids` [B, S], not packed yet, whose nodes have their traced shapes. Raises
     UnsupportedFeature where its sizes are fixed, as nobody can tell then which dimensions hold tokens.
     """
     flow = Flow(attention, _sequence_lengths(gm), find_scalars(gm.graph))
+    if takes_positions:
+        flow.positions = [node for node in gm.graph.nodes if _counts_positions(flow, node)]
     for node in gm.graph.nodes:
         carries = _transfer(flow, node)
         flow.carries[node] = carries
@@ -104,8 +110,16 @@ def _sequence_lengths(gm: fx.GraphModule) -> frozenset[Any]:
     return frozenset(found)
 
 
+def _counts_positions(flow: Flow, node: fx.Node) -> bool:
+    """Whether `node` is `arange(S)`."""
+    if name_of(node) != "arange":
+        return False
+    arguments, (length,) = arguments_of(node), VALUE.of(node).shape
+    return arguments.get("start", 0) == 0 and arguments.get("step", 1) == 1 and _expr(length) in flow.lengths
+
+
 def _transfer(flow: Flow, node: fx.Node) -> Carries:
-    if node.op == "placeholder":
+    if node.op == "placeholder" or node in flow.positions:
         return Carries.TOKENS
     if node.op in ("get_attr", "output"):
         return Carries.NOTHING
@@ -179,8 +193,10 @@ def _why_mixes(flow: Flow, node: fx.Node, values: Sequence[fx.Node], indices: Se
     if not all(_is_multiple(flow, tensor.shape[_token_dims(flow, tensor)[0]]) for tensor in _tensors(node)):
         return "cuts, pads or joins the sequence"
     source = inputs[1 if name_of(node) in ADDED_CONTRACTIONS else 0]
-    if name_of(node) in RESHAPES and _distance(flow, source) != _distance(flow, _tensors(node)[0]):
+    if not _stacks_alike(flow, node, [*values, *indices], source):
         return "reshapes one token's values into another's"
+    if name_of(node) == "repeat" and node in flow.stacked:
+        return None
     if name_of(node) == "einsum":
         return _why_einsum_mixes(flow, node, inputs, _tensors(node)[0])
     worked = worked_dims(node, source, _tensors(node)[0])
@@ -286,13 +302,39 @@ def _is_multiple(flow: Flow, size: Any) -> bool:
     return any(flow.lengths.isdisjoint(_symbols(_expr(size), length)) for length in flow.lengths)
 
 
-def _distance(flow: Flow, tensor: Tensor) -> Any:
-    """How many values lie between a token's and the next one's in `tensor`.
+def _stacks_alike(flow: Flow, node: fx.Node, operands: Sequence[fx.Node], source: Tensor) -> bool:
+    """Whether tokens lie in one way in all operands of `node`; notes those of its results that are stacked."""
+    counted = [arg for arg in operands if any(_copies(flow, tensor) != 1 for tensor in _tensors(arg))]
+    stacked = [arg for arg in counted if arg in flow.stacked]
+    result = _tensors(node)[0]
+    if len(stacked) not in (0, len(counted)) or (stacked and name_of(node) in INDEXING):
+        return False
+    is_stacked = bool(stacked)
+    if name_of(node) == "repeat":
+        (dim,) = _token_dims(flow, source)
+        times = arguments_of(node)["repeats"][dim - source.dim()]
+        is_stacked = is_stacked or (times != 1 and _copies(flow, source) == 1)
+    elif name_of(node) in RESHAPES:
+        distance = _distance(flow, source, is_stacked)
+        is_stacked = distance != _distance(flow, result, False)
+        if is_stacked and distance != _distance(flow, result, True):
+            return False
+    if is_stacked and _copies(flow, result) != 1:
+        flow.stacked.add(node)
+    return True
 
-    A dimension of c * B * S holds c values of each token next to each other: those of B are whole rows.
-    """
+
+def _copies(flow: Flow, tensor: Tensor) -> Any:
+    """How many values of each token the token dimension of `tensor` holds; 1 where it has none."""
+    dims = _token_dims(flow, tensor)
+    return _expr(tensor.shape[dims[0]]).as_coeff_Mul()[0] if dims else 1
+
+
+def _distance(flow: Flow, tensor: Tensor, is_stacked: bool) -> Any:
+    """How many values lie between a token's and the next one's in `tensor`: not those of whole copies of the batch."""
     (dim,) = _token_dims(flow, tensor)
-    return _expr(tensor.shape[dim]).as_coeff_Mul()[0] * math.prod(_expr(size) for size in tensor.shape[dim + 1 :])
+    inner = math.prod(_expr(size) for size in tensor.shape[dim + 1 :])
+    return inner if is_stacked else _copies(flow, tensor) * inner
 
 
 @cache

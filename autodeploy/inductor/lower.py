@@ -34,6 +34,7 @@ from autodeploy.inductor.keep import keep_metadata
 from autodeploy.inductor.kernel_files import pack, unpack
 from autodeploy.inductor.machine import machine_key
 from autodeploy.metadata.layout import NUM_FIXED_COLUMNS, LayoutSpec
+from autodeploy.metadata.span import span_of
 from autodeploy.ops.spec import CacheSpec
 
 
@@ -74,7 +75,7 @@ class Lowered:
         meta = {
             "attributes": self.attributes,
             "looked_at": self.looked_at,
-            "layout_spec": asdict(self.layout_spec),
+            "layout_spec": asdict(self.layout_spec) | {"spans": [span.name for span in self.layout_spec.spans]},
             "cache_specs": [
                 {**asdict(spec), "dtype": str(spec.dtype).removeprefix("torch.")} for spec in self.cache_specs
             ],
@@ -103,7 +104,7 @@ class Lowered:
                 attributes=tuple(meta["attributes"]),
                 constants=torch.load(io.BytesIO(archive.read("constants.pt")), weights_only=True),
                 looked_at=meta["looked_at"],
-                layout_spec=LayoutSpec(**{**spec, "windows": tuple(spec["windows"])}),
+                layout_spec=LayoutSpec(**{**spec, "spans": tuple(map(span_of, spec["spans"]))}),
                 cache_specs=tuple(_cache_spec(part) for part in meta["cache_specs"]),
                 report=Report.from_json(meta["report"]),
             )

@@ -13,10 +13,10 @@ import torch
 from torch import Tensor
 
 from autodeploy.kernels.support import power_of_two
-from autodeploy.kernels.torch_fields import NO_WINDOW
 from autodeploy.kernels.triton_fields import fields_kernel, num_places, num_programs, slot_words
 from autodeploy.metadata.field import FieldLauncher, FieldRequest
 from autodeploy.metadata.layout import NUM_FIXED_COLUMNS
+from autodeploy.metadata.span import span_of
 
 # Tokens above which a step is long beside this launch, so that programs may take more places and fewer rows at once.
 _MANY_TOKENS = 4096
@@ -42,7 +42,7 @@ _KNOWN = {
     "kv_page_indptr": _Known("row"),
     "seen_page_indptr": _Known("row"),
     "last_page_len": _Known("row"),
-    "window_start": _Known("row"),
+    "first_seen": _Known("row"),
     "kv_page_indices": _Known("page", is_grouped=True),
     "seen_page_indices": _Known("page", is_grouped=True),
     "query_tiles": _Known("tile"),
@@ -74,11 +74,12 @@ def make_plan(requests: tuple[FieldRequest, ...]) -> Any:
 
 def _slot(request: FieldRequest) -> _Slot:
     name, parameters = request
-    if name in ("kv_page_indptr", "kv_page_indices"):  # what is seen through a window that hides nothing
-        name, parameters = name.replace("kv", "seen"), (*parameters, NO_WINDOW)
+    if name in ("kv_page_indptr", "kv_page_indices"):  # what is seen where all is
+        name, parameters = name.replace("kv", "seen"), (*parameters, "full")
+    numbers = tuple(span_of(each).code if isinstance(each, str) else each for each in parameters)
     if not _KNOWN[name].is_grouped:
-        return name, 1, parameters
-    _, num_groups, *rest = parameters
+        return name, 1, numbers
+    _, num_groups, *rest = numbers
     return name, num_groups, (num_groups, power_of_two(num_groups), *rest)
 
 
@@ -104,8 +105,13 @@ def _to_text(requests: Sequence[FieldRequest]) -> str:
 
 @cache
 def _from_text(text: str) -> tuple[FieldRequest, ...]:
-    parts = (request.split(":") for request in text.split())
-    return tuple(FieldRequest(name, tuple(map(int, parameters))) for name, *parameters in parts)
+    return tuple(
+        FieldRequest(name, tuple(map(_parameter, rest))) for name, *rest in (each.split(":") for each in text.split())
+    )
+
+
+def _parameter(text: str) -> int | str:
+    return int(text) if text.isdecimal() else text
 
 
 _library = torch.library.Library("autodeploy", "FRAGMENT")
@@ -158,7 +164,7 @@ class TritonFields(FieldLauncher):
 
 def _view(arena: Tensor, request: FieldRequest, begins: dict[tuple[_Slot, int], Any], sizes: _Sizes) -> Tensor:
     known, slot = _KNOWN[request.name], _slot(request)
-    begin = begins[slot, request.parameters[0] if known.is_grouped else 0]
+    begin = begins[slot, int(request.parameters[0]) if known.is_grouped else 0]
     is_per_row = known.axis == "row" and request.name not in _STARTS
     length = sizes[0] if is_per_row else num_places.fn(known.axis, slot[2], *sizes)
     if known.axis == "tile":

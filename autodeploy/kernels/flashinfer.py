@@ -20,6 +20,7 @@ from autodeploy.errors import UnsupportedFeature
 from autodeploy.kernels import flashinfer_fields, support
 from autodeploy.kernels.paged import PagedAttention
 from autodeploy.metadata import fields
+from autodeploy.metadata.span import Chunk, span_of
 from autodeploy.ops.spec import Backend, Site
 
 # The wrappers' module-level functions, which take a plan as an argument, have the same parameters in these versions.
@@ -53,20 +54,20 @@ _INSTALL = "pip install 'flashinfer-python>=0.6.9,<0.7'"
 _library = torch.library.Library("autodeploy", "FRAGMENT")
 _library.define(
     "flashinfer_plan(Tensor cu_seqlens_q, Tensor page_indptr, Tensor last_page_len, SymInt num_tokens, *,"
-    " int num_heads, int num_kv_heads, int head_dim, int page_size, ScalarType dtype, int? window=None,"
+    " int num_heads, int num_kv_heads, int head_dim, int page_size, ScalarType dtype, str span='full',"
     " bool has_softcap=False) -> (Tensor, Tensor)",
     tags=(torch.Tag.pt2_compliant_tag,),
 )
 _library.define(
     "flashinfer_paged_attention(Tensor query, Tensor key, Tensor value, Tensor? sinks, Tensor(a!) key_cache,"
     " Tensor(b!) value_cache, Tensor slot_mapping, Tensor cu_seqlens_q, Tensor page_indptr, Tensor page_indices,"
-    " Tensor last_page_len, Tensor schedule, Tensor tables, *, float scale, int? window=None, float? softcap=None)"
+    " Tensor last_page_len, Tensor schedule, Tensor tables, *, float scale, str span='full', float? softcap=None)"
     " -> Tensor",
     tags=(torch.Tag.pt2_compliant_tag,),
 )
 
 
-def _module(num_tokens: int, num_rows: int, head_dim: int, dtype: torch.dtype, window: int | None, cap: bool) -> Any:
+def _module(num_tokens: int, num_rows: int, head_dim: int, dtype: torch.dtype, span: str, cap: bool) -> Any:
     """FlashInfer's kernels, compiled when first asked for, and whether they are FA2."""
     from flashinfer.prefill import get_batch_prefill_module  # pyright: ignore[reportMissingImports]
     from flashinfer.utils import determine_attention_backend  # pyright: ignore[reportMissingImports]
@@ -76,7 +77,7 @@ def _module(num_tokens: int, num_rows: int, head_dim: int, dtype: torch.dtype, w
     is_decode = num_tokens == num_rows
     name = "fa2" if is_decode else determine_attention_backend(device, 0, False, False, dtype, dtype)
     types = (dtype, dtype, dtype, torch.int32)
-    return get_batch_prefill_module(name, *types, head_dim, head_dim, 0, window is not None, cap, False), name == "fa2"
+    return get_batch_prefill_module(name, *types, head_dim, head_dim, 0, span != "full", cap, False), name == "fa2"
 
 
 @torch.library.impl(_library, "flashinfer_plan", "CompositeExplicitAutograd")
@@ -91,7 +92,7 @@ def _plan(
     head_dim: int,
     page_size: int,
     dtype: torch.dtype,
-    window: int | None = None,
+    span: str = "full",
     has_softcap: bool = False,
 ) -> tuple[Tensor, Tensor]:
     """The schedule [32] int64, on the CPU (how many numbers, the numbers, zeros), and its tables [N] uint8.
@@ -104,7 +105,7 @@ def _plan(
             "FlashInfer plans on the host, which a CUDA graph cannot repeat",
             fix="run without CUDA graphs, or choose another backend",
         )
-    module, is_fa2 = _module(num_tokens, num_rows, head_dim, dtype, window, has_softcap)
+    module, is_fa2 = _module(num_tokens, num_rows, head_dim, dtype, span, has_softcap)
     lengths = torch.cat([cu_seqlens_q, page_indptr, last_page_len]).cpu()
     starts, pages, last = lengths.split([num_rows + 1, num_rows + 1, num_rows])
     seen = torch.where(pages.diff() > 0, (pages.diff() - 1) * page_size + last, 0)
@@ -115,7 +116,7 @@ def _plan(
     partial = torch.empty(_PARTIAL_BYTES, dtype=torch.uint8, device=device)
     sizes = (int(starts[-1]), num_rows, num_heads, num_kv_heads, page_size, False, head_dim, head_dim)
     splitting = (-1, False, 0) if is_fa2 else ()
-    mask = (True, -1 if window is None else window - 1)
+    mask = (True, (span_of(span).longest or 0) - 1)
     numbers = list(module.plan(partial, tables, pinned, starts, pages, seen.int(), *sizes, *mask, *splitting))
     padding = [0] * (_SCHEDULE_SIZE - 1 - len(numbers))
     return torch.tensor([len(numbers), *numbers, *padding]), tables
@@ -144,7 +145,7 @@ def _paged_attention(
     tables: Tensor,
     *,
     scale: float,
-    window: int | None = None,
+    span: str = "full",
     softcap: float | None = None,
 ) -> Tensor:
     """Write the new keys and values, then attend to the pages in place, as planned.
@@ -159,7 +160,7 @@ def _paged_attention(
     out_THD = torch.empty((num_tokens, num_heads, head_dim), dtype=query.dtype, device=query.device)
     append(key[0], value[0], key_cache, value_cache, out_THD, slot_mapping, cu_seqlens_q)
     num_rows = last_page_len.shape[0]
-    module, _ = _module(num_tokens, num_rows, head_dim, query.dtype, window, softcap is not None)
+    module, _ = _module(num_tokens, num_rows, head_dim, query.dtype, span, softcap is not None)
     count, *numbers = schedule.tolist()
     partial = torch.empty(_PARTIAL_BYTES, dtype=torch.uint8, device=query.device)
     module.paged_run(
@@ -176,7 +177,7 @@ def _paged_attention(
         o=out_THD,
         mask_mode=_CAUSAL,
         layout=_NHD_LAYOUT,
-        window_left=-1 if window is None else window - 1,
+        window_left=(span_of(span).longest or 0) - 1,
         logits_soft_cap=softcap or 0.0,
         sm_scale=scale,
         workspace_size=_PARTIAL_BYTES,
@@ -202,6 +203,8 @@ class FlashInferAttention(PagedAttention):
         p = site.params
         if site.dtype not in (torch.float16, torch.bfloat16):
             return f"{site.dtype} is neither float16 nor bfloat16".replace("torch.", "")
+        if isinstance(site.span, Chunk):
+            return "chunks are not supported"
         if p["has_sinks"]:
             return "sinks are not supported"
         if p["has_alibi"]:
@@ -213,19 +216,19 @@ class FlashInferAttention(PagedAttention):
     def metadata(self, layout: Tensor, num_tokens: int, site: Site) -> dict[str, Tensor]:
         p, pages = site.params, (site.group, site.num_groups, site.page_size)
         # A tile may begin before the window, where pages that were given back hold anything.
-        if site.window is None:
+        if site.span.longest is None:
             page_indptr = fields.kv_page_indptr(layout, site.page_size)
             page_indices = flashinfer_fields.kv_page_indices(layout, *pages)
         else:
-            page_indptr = flashinfer_fields.seen_page_indptr(layout, site.page_size, site.window)
-            page_indices = flashinfer_fields.seen_page_indices(layout, *pages, site.window)
+            page_indptr = flashinfer_fields.seen_page_indptr(layout, site.page_size, site.span.name)
+            page_indices = flashinfer_fields.seen_page_indices(layout, *pages, site.span.name)
         lengths = {
             "cu_seqlens_q": fields.cu_seqlens_q(layout),
             "page_indptr": page_indptr,
             "last_page_len": fields.last_page_len(layout, site.page_size),
         }
         key = {name: p[name] for name in ("num_heads", "num_kv_heads", "head_dim")}
-        key |= {"page_size": site.page_size, "dtype": site.dtype, "window": site.window}
+        key |= {"page_size": site.page_size, "dtype": site.dtype, "span": site.span.name}
         plan = torch.ops.autodeploy.flashinfer_plan.default(
             *lengths.values(), num_tokens, **key, has_softcap=p["softcap"] is not None
         )

@@ -1,4 +1,4 @@
-"""Fields that FlashInfer reads: the pages of all sequences end to end, or those that a sliding window still sees.
+"""Fields that FlashInfer reads: the pages of all sequences end to end, or those that are still seen.
 
 Shapes: S sequences, P pages per sequence.
 """
@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from autodeploy.metadata.field import field
-from autodeploy.metadata.fields import block_table, kv_page_indptr, seq_lens, window_start
+from autodeploy.metadata.fields import block_table, first_seen, kv_page_indptr, seq_lens
 
 
 @field(shape="[S * P] int32", depends="G P", padding="scratch page 0")
@@ -20,19 +20,19 @@ def kv_page_indices(layout: Tensor, group: int, num_groups: int, page_size: int)
 
 
 @field(shape="[S + 1] int32", depends="P W", padding="the total")
-def seen_page_indptr(layout: Tensor, page_size: int, window: int) -> Tensor:
-    """[0, cumsum of the pages that a window sees]: where each sequence's pages start in `seen_page_indices`."""
+def seen_page_indptr(layout: Tensor, page_size: int, span: str) -> Tensor:
+    """[0, cumsum of the pages that are seen]: where each sequence's pages start in `seen_page_indices`."""
     end_S = (seq_lens(layout) + page_size - 1) // page_size
     # A row without new tokens may end before the page that its next token would see first.
-    pages_S = (end_S - window_start(layout, window) // page_size).clamp(min=0)
+    pages_S = (end_S - first_seen(layout, span) // page_size).clamp(min=0)
     return torch.nn.functional.pad(pages_S.cumsum(0, dtype=torch.int32), (1, 0))
 
 
 @field(shape="[S * P] int32", depends="G P W", padding="scratch page 0")
-def seen_page_indices(layout: Tensor, group: int, num_groups: int, page_size: int, window: int) -> Tensor:
-    """The pages that the new tokens of each sequence see through a window, of all sequences end to end."""
-    starts_S1 = seen_page_indptr(layout, page_size, window)
-    first_S = window_start(layout, window) // page_size
+def seen_page_indices(layout: Tensor, group: int, num_groups: int, page_size: int, span: str) -> Tensor:
+    """The pages that the new tokens of each sequence see, of all sequences end to end."""
+    starts_S1 = seen_page_indptr(layout, page_size, span)
+    first_S = first_seen(layout, span) // page_size
     return _end_to_end(block_table(layout, group, num_groups), starts_S1, first_S)
 
 

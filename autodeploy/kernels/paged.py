@@ -12,7 +12,7 @@ from autodeploy.ops.spec import Backend, CacheSpec, Site
 
 
 class PagedAttention(Backend):
-    """Calls one op per layer: `op(query, key, value, sinks, key_cache, value_cache, **metadata, scale=, window=,
+    """Calls one op per layer: `op(query, key, value, sinks, key_cache, value_cache, **metadata, scale=, span=,
     softcap=)` with query [1, H, T, D], key [1, K, T, D], value [1, K, T, E] -> [1, T, H, E], writing to both caches.
     An op is given `alibi_slopes=` where the layer has them.
     """
@@ -38,7 +38,7 @@ class PagedAttention(Backend):
         self, tensors: tuple[Any, ...], caches: tuple[Tensor, ...], metadata: dict[str, Tensor], site: Site
     ) -> Tensor:
         query, key, value, sinks, _, alibi_slopes = tensors
-        scoring = {"scale": site.params["scale"], "window": site.window, "softcap": site.params["softcap"]}
+        scoring = {"scale": site.params["scale"], "span": site.span.name, "softcap": site.params["softcap"]}
         if alibi_slopes is not None:
             scoring["alibi_slopes"] = alibi_slopes
         return self.op(query, key, value, sinks, *caches, **metadata, **scoring)

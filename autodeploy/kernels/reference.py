@@ -14,6 +14,7 @@ from torch import Tensor
 from autodeploy.kernels.paged import PagedAttention
 from autodeploy.kernels.support import supports_dtype
 from autodeploy.metadata import fields
+from autodeploy.metadata.span import span_of
 from autodeploy.ops.kinds.attention import attend
 from autodeploy.ops.kinds.causal_conv1d import convolve
 from autodeploy.ops.spec import Backend, CacheSpec, Site
@@ -34,7 +35,7 @@ def reference_paged_attention(
     alibi_slopes: Tensor | None = None,
     *,
     scale: float,
-    window: int | None = None,
+    span: str = "full",
     softcap: float | None = None,
 ) -> Tensor:
     """Write the new keys and values to their slots, then attend each sequence to exactly the slots it sees.
@@ -51,15 +52,15 @@ def reference_paged_attention(
         if start == stop:
             continue
         context_len = seq_len - (stop - start)
-        first = 0 if window is None else max(0, context_len + 1 - window)
+        first = max(0, span_of(span).first_seen(context_len))
         seen_L = torch.arange(first, seq_len, device=query.device)
         slot_L = block_table[row, seen_L // key_cache.shape[1]] * key_cache.shape[1] + seen_L % key_cache.shape[1]
-        distance_QL = torch.arange(context_len, seq_len, device=query.device)[:, None] - seen_L
+        query_Q1 = torch.arange(context_len, seq_len, device=query.device)[:, None]
         out_1HQE = attend(
             query[:, :, start:stop],
             key_cache.flatten(0, 1)[slot_L].transpose(0, 1)[None],
             value_cache.flatten(0, 1)[slot_L].transpose(0, 1)[None],
-            (distance_QL >= 0) & (distance_QL < (window or seq_len + 1)),
+            (seen_L <= query_Q1) & (seen_L >= span_of(span).first_seen(query_Q1)),
             scale=scale,
             softcap=softcap,
             sinks=sinks,

@@ -18,8 +18,8 @@ from torch.nn import functional as F
 
 from autodeploy.kernels import torch_fields
 from autodeploy.kernels.paged import PagedAttention
-from autodeploy.kernels.torch_fields import NO_WINDOW
 from autodeploy.metadata import fields
+from autodeploy.metadata.span import Span, span_of
 from autodeploy.ops.spec import Backend, Site
 
 # Keys and values that are gathered at once. Between 1 and 16 MiB the speed is the same; above 32 MiB glibc maps fresh
@@ -45,7 +45,7 @@ _library = torch.library.Library("autodeploy", "FRAGMENT")
 _library.define(
     "sdpa_paged_attention(Tensor query, Tensor key, Tensor value, Tensor? sinks, Tensor(a!) key_cache,"
     " Tensor(b!) value_cache, Tensor head_slots, Tensor block_table, Tensor seq_lens, Tensor cu_seqlens_q,"
-    " Tensor decode_pages, Tensor decode_mask, Tensor? alibi_slopes=None, *, float scale, int? window=None,"
+    " Tensor decode_pages, Tensor decode_mask, Tensor? alibi_slopes=None, *, float scale, str span='full',"
     " float? softcap=None) -> Tensor",
     tags=(torch.Tag.pt2_compliant_tag, torch.Tag.flexible_layout),
 )
@@ -68,7 +68,7 @@ def _paged_attention(
     alibi_slopes: Tensor | None = None,
     *,
     scale: float,
-    window: int | None = None,
+    span: str = "full",
     softcap: float | None = None,
 ) -> Tensor:
     """Write the new keys and values, then attend: runs of one-token rows together, longer rows one by one.
@@ -85,16 +85,17 @@ def _paged_attention(
     query_THD = query[0].transpose(0, 1)
     lens, starts = seq_lens.tolist(), cu_seqlens_q.tolist()
     page_bytes = (key_cache.nbytes + value_cache.nbytes) // num_pages
-    spans = [_pages_seen(seq_len, page_size, window) for seq_len in lens]
-    for first, last in _runs(starts, spans, _GATHER_BYTES // page_bytes):
-        tokens, width = slice(starts[first], starts[last]), max(spans[first:last])
+    seen_by = span_of(span)
+    counts = [_pages_seen(seq_len, page_size, seen_by) for seq_len in lens]
+    for first, last in _runs(starts, counts, _GATHER_BYTES // page_bytes):
+        tokens, width = slice(starts[first], starts[last]), max(counts[first:last])
         index_CKP, mask_CL = decode_pages[first:last, :, :width], decode_mask[first:last, : width * page_size]
         out_THE[tokens] = _decode(query_THD[tokens], caches, index_CKP, mask_CL, scoring)
     for row, seq_len in enumerate(lens):
         tokens = slice(starts[row], starts[row + 1])
         if tokens.stop - tokens.start > 1:
             table_KP = block_table[row] * num_kv_heads + torch.arange(num_kv_heads, dtype=torch.int32)[:, None]
-            out_THE[tokens] = _prefill(query[:, :, tokens], caches, table_KP, seq_len, window, scoring)
+            out_THE[tokens] = _prefill(query[:, :, tokens], caches, table_KP, seq_len, seen_by, scoring)
     return out_THE[None]
 
 
@@ -103,25 +104,24 @@ def _(query, key, value, *_, **__):
     return query.new_empty(1, query.shape[2], query.shape[1], value.shape[3])
 
 
-def _pages_seen(seq_len: int, page_size: int, window: int | None) -> int:
+def _pages_seen(seq_len: int, page_size: int, span: Span) -> int:
     """How many pages the last token of a sequence sees."""
-    first = 0 if window is None else max(0, seq_len - window)
-    return (seq_len - 1) // page_size - first // page_size + 1
+    return (seq_len - 1) // page_size - max(0, span.first_seen(seq_len - 1)) // page_size + 1
 
 
-def _runs(starts: list[int], spans: list[int], max_pages: int) -> Iterator[tuple[int, int]]:
+def _runs(starts: list[int], counts: list[int], max_pages: int) -> Iterator[tuple[int, int]]:
     """Neighbouring one-token rows [first, last) that together gather at most `max_pages`, or one row if it has more."""
     first, width = 0, 0
-    for row, span in enumerate(spans):
+    for row, count in enumerate(counts):
         is_decode = starts[row + 1] - starts[row] == 1
-        width = max(width, span)
+        width = max(width, count)
         if first < row and (not is_decode or (row + 1 - first) * width > max_pages):
             yield first, row
-            first, width = row, span
+            first, width = row, count
         if not is_decode:
             first, width = row + 1, 0
-    if first < len(spans):
-        yield first, len(spans)
+    if first < len(counts):
+        yield first, len(counts)
 
 
 def _decode(
@@ -147,23 +147,23 @@ def _prefill(
     caches: tuple[Tensor, ...],
     table_KP: Tensor,
     seq_len: int,
-    window: int | None,
+    span: Span,
     scoring: Scoring,
 ) -> Tensor:
     """Attention of one sequence's last Q tokens to exactly the positions they see: [Q, H, E]."""
     page_size = caches[0].shape[1]
     context_len = seq_len - query_1HQD.shape[2]
-    begin = 0 if window is None else max(0, context_len + 1 - window)
+    begin = max(0, span.first_seen(context_len))
     first_page, end_page = begin // page_size, (seq_len - 1) // page_size + 1
     seen = slice(begin - first_page * page_size, seq_len - first_page * page_size)
     keys, values = (_gather(cache, table_KP[None, :, first_page:end_page])[:, :, seen] for cache in caches)
-    if scoring.is_plain and context_len == 0 and seq_len <= (window or NO_WINDOW):
+    if scoring.is_plain and context_len == 0 and span.first_seen(seq_len - 1) <= 0:
         out_1HQE = F.scaled_dot_product_attention(
             query_1HQD, keys, values, is_causal=True, scale=scoring.scale, enable_gqa=True
         )
         return out_1HQE[0].transpose(0, 1)
-    distance_QL = torch.arange(context_len, seq_len)[:, None] - torch.arange(begin, seq_len)
-    mask_QL = (distance_QL >= 0) & (distance_QL < (window or NO_WINDOW))
+    query_Q1, key_L = torch.arange(context_len, seq_len)[:, None], torch.arange(begin, seq_len)
+    mask_QL = (key_L <= query_Q1) & (key_L >= span.first_seen(query_Q1))
     return _attend(query_1HQD, keys, values, mask_QL, scoring)[0].transpose(0, 1)
 
 
@@ -210,15 +210,15 @@ class SdpaAttention(PagedAttention):
         return super().why_not(site)
 
     def metadata(self, layout: Tensor, num_tokens: int, site: Site) -> dict[str, Tensor]:
-        heads, window = site.params["num_kv_heads"], site.window or NO_WINDOW
+        heads, span = site.params["num_kv_heads"], site.span.name
         pages = (site.group, site.num_groups, site.page_size)
         return {
             "head_slots": torch_fields.head_slots(layout, num_tokens, *pages, heads),
             "block_table": fields.block_table(layout, site.group, site.num_groups),
             "seq_lens": fields.seq_lens(layout),
             "cu_seqlens_q": fields.cu_seqlens_q(layout),
-            "decode_pages": torch_fields.decode_pages(layout, *pages, heads, window),
-            "decode_mask": torch_fields.decode_mask(layout, *pages[1:], window),
+            "decode_pages": torch_fields.decode_pages(layout, *pages, heads, span),
+            "decode_mask": torch_fields.decode_mask(layout, *pages[1:], span),
         }
 
 

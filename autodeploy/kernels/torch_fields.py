@@ -20,9 +20,7 @@ from autodeploy.metadata.fields import (
     token_to_seq,
 )
 from autodeploy.metadata.layout import NUM_FIXED_COLUMNS, QUERY_LEN
-
-# Longer than any sequence: a window that hides nothing.
-NO_WINDOW = 1 << 30
+from autodeploy.metadata.span import span_of
 
 
 @field(shape="[T, N] int64", depends="H", padding="the zero entry")
@@ -61,10 +59,10 @@ def head_slots(
 
 
 @field(shape="[S, K, P] int32", depends="G P W H", padding="scratch page 0; past the table its last page")
-def decode_pages(layout: Tensor, group: int, num_groups: int, page_size: int, num_kv_heads: int, window: int) -> Tensor:
+def decode_pages(layout: Tensor, group: int, num_groups: int, page_size: int, num_kv_heads: int, span: str) -> Tensor:
     """page * K + k of the pages that each sequence's last token sees, in order, the first of them first."""
     table_SP = block_table(layout, group, num_groups)
-    first_S = (seq_lens(layout) - window).clamp(min=0) // page_size
+    first_S = span_of(span).first_seen(seq_lens(layout) - 1).clamp(min=0) // page_size
     column_SP = first_S[:, None] + torch.arange(table_SP.shape[1], device=layout.device)
     page_SP = table_SP.gather(1, column_SP.clamp(max=table_SP.shape[1] - 1))
     head_K1 = torch.arange(num_kv_heads, dtype=torch.int32, device=layout.device)[:, None]
@@ -72,9 +70,9 @@ def decode_pages(layout: Tensor, group: int, num_groups: int, page_size: int, nu
 
 
 @field(shape="[S, P * p] bool", depends="P W", padding="False")
-def decode_mask(layout: Tensor, num_groups: int, page_size: int, window: int) -> Tensor:
+def decode_mask(layout: Tensor, num_groups: int, page_size: int, span: str) -> Tensor:
     """Which positions of `decode_pages` each sequence's last token sees."""
-    begin_S = (seq_lens(layout) - window).clamp(min=0)
+    begin_S = span_of(span).first_seen(seq_lens(layout) - 1).clamp(min=0)
     pages = (layout.shape[1] - NUM_FIXED_COLUMNS) // num_groups
     position_L = torch.arange(pages * page_size, dtype=torch.int32, device=layout.device)
     position_SL = (begin_S // page_size * page_size)[:, None] + position_L

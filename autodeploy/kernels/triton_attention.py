@@ -26,7 +26,7 @@ _library = torch.library.Library("autodeploy", "FRAGMENT")
 _library.define(
     "triton_paged_attention(Tensor query, Tensor key, Tensor value, Tensor? sinks, Tensor(a!) key_cache,"
     " Tensor(b!) value_cache, Tensor slot_mapping, Tensor block_table, Tensor seq_lens, Tensor cu_seqlens_q,"
-    " Tensor query_tiles, Tensor? alibi_slopes=None, *, float scale, int? window=None, float? softcap=None) -> Tensor",
+    " Tensor query_tiles, Tensor? alibi_slopes=None, *, float scale, str span='full', float? softcap=None) -> Tensor",
     tags=(torch.Tag.pt2_compliant_tag, torch.Tag.flexible_layout),
 )
 
@@ -47,7 +47,7 @@ def _paged_attention(
     alibi_slopes: Tensor | None = None,
     *,
     scale: float,
-    window: int | None = None,
+    span: str = "full",
     softcap: float | None = None,
 ) -> Tensor:
     """Write the new keys and values to their slots, and attend each row to what it sees.
@@ -58,7 +58,7 @@ def _paged_attention(
     """
     query_HTD, key_KTD, value_KTE = (_rows(tensor[0]) for tensor in (query, key, value))
     out_THE = query.new_empty(query.shape[2], query.shape[1], value.shape[3])
-    scoring = Scoring.of(scale, window, softcap)
+    scoring = Scoring.of(scale, span, softcap)
     new, caches, rows = (key_KTD, value_KTE), (key_cache, value_cache), (block_table, seq_lens, cu_seqlens_q)
     per_head = (sinks, alibi_slopes)
     is_decode = query.shape[2] == seq_lens.shape[0]

@@ -30,6 +30,7 @@ from autodeploy.kernels.triton_softmax import (
     squash,
     store_heads,
 )
+from autodeploy.kernels.triton_span import first_seen
 
 
 @triton.jit
@@ -63,7 +64,7 @@ def decode_kernel(
     query_stride_h, query_stride_t, key_stride_h, key_stride_t, value_stride_h, value_stride_t, table_stride,
     num_tokens, num_rows, inner, multiplier,
     HEADS: tl.constexpr, GROUP: tl.constexpr, KEY_SIZE: tl.constexpr, VALUE_SIZE: tl.constexpr,
-    PAGE_SIZE: tl.constexpr, WINDOW: tl.constexpr, HAS_SOFTCAP: tl.constexpr, SPLITS: tl.constexpr,
+    PAGE_SIZE: tl.constexpr, SPAN: tl.constexpr, HAS_SOFTCAP: tl.constexpr, SPLITS: tl.constexpr,
     BLOCK_G: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_E: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
     """Program (key-value head, split, row) writes to `out` [T, H, E], or its part of the softmax if there are splits.
@@ -98,7 +99,7 @@ def decode_kernel(
         )
         sink_G = load_sinks(sinks, head_G, real_G)
         highest_G, total_G, mixed_GE = _see_first(query_GD, key_D, value_E, sink_G, inner, multiplier, HAS_SOFTCAP)
-    first = tl.maximum(last + 1 - WINDOW, 0) if WINDOW is not None else 0
+    first = first_seen(last, SPAN)
     first_block = first // BLOCK_N
     share = tl.cdiv(tl.cdiv(last, BLOCK_N) - first_block, SPLITS)
     begin = (first_block + split * share) * BLOCK_N
@@ -107,7 +108,7 @@ def decode_kernel(
     highest_G, total_G, mixed_GE = attend_range(
         query_GD, highest_G, total_G, mixed_GE, tl.full([BLOCK_G], last, tl.int32), slope_G, begin, end, first,
         key_cache, value_cache, table, head, inner, multiplier, slopes is not None, True,
-        HEADS, KEY_SIZE, VALUE_SIZE, PAGE_SIZE, None, HAS_SOFTCAP, BLOCK_D, BLOCK_E, BLOCK_N,
+        HEADS, KEY_SIZE, VALUE_SIZE, PAGE_SIZE, 0, HAS_SOFTCAP, BLOCK_D, BLOCK_E, BLOCK_N,
     )  # fmt: skip
     if SPLITS == 1:
         store_heads(out, token, head_G, mask_GE, mixed_GE / total_G[:, None], HEADS * GROUP, VALUE_SIZE, BLOCK_E)
@@ -189,7 +190,7 @@ def decode(
     page_size, num_heads, device = key_cache.shape[1], query_HTD.shape[0], query_HTD.device
     group_size = num_heads // num_kv_heads
     blocks = decode_blocks(group_size, head_dim, value_dim, key_cache.dtype, shared_bytes(device))
-    longest = min(block_table.shape[1] * page_size, scoring.window or sys.maxsize)
+    longest = min(block_table.shape[1] * page_size, scoring.span.longest or sys.maxsize)
     splits = num_splits(num_rows * num_kv_heads, triton.cdiv(longest, blocks["BLOCK_N"]), device)
     part = part_sums = None
     if splits > 1:
@@ -200,7 +201,7 @@ def decode(
         out_THE, part, part_sums, *query_HTD.stride()[:2], *key_KTD.stride()[:2], *value_KTE.stride()[:2],
         block_table.stride(0), num_tokens, num_rows, scoring.inner, scoring.multiplier,
         HEADS=num_kv_heads, GROUP=group_size, KEY_SIZE=head_dim, VALUE_SIZE=value_dim, PAGE_SIZE=page_size,
-        WINDOW=scoring.window, HAS_SOFTCAP=scoring.inner != 0, SPLITS=splits, **blocks,
+        SPAN=scoring.span.code, HAS_SOFTCAP=scoring.inner != 0, SPLITS=splits, **blocks,
     )  # fmt: skip
     if splits > 1:
         combine_kernel[(num_heads, num_rows)](

@@ -15,6 +15,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from autodeploy.kernels.triton_span import first_seen
 from autodeploy.metadata import layout as columns
 
 _QUERY_LEN = tl.constexpr(columns.QUERY_LEN)
@@ -72,19 +73,19 @@ def _lengths(layout, row, num_rows, row_stride):
 
 
 @triton.jit
-def _count(query, context, AXIS: tl.constexpr, SIZE: tl.constexpr, WINDOW: tl.constexpr = 0):
+def _count(query, context, AXIS: tl.constexpr, SIZE: tl.constexpr, SPAN: tl.constexpr = 0):
     """How many places of an axis a sequence owns; `SIZE` is the tile's or the page's, pages are those that are seen."""
     if AXIS == "tile":
         return tl.where(query > 1, (query + SIZE - 1) // SIZE, 0)
     elif AXIS == "page":
-        return tl.maximum((query + context + SIZE - 1) // SIZE - _first_page(context, SIZE, WINDOW), 0)
+        return tl.maximum((query + context + SIZE - 1) // SIZE - _first_page(context, SIZE, SPAN), 0)
     else:
         return query
 
 
 @triton.jit
-def _first_page(context, SIZE: tl.constexpr, WINDOW: tl.constexpr):
-    return tl.maximum(context + 1 - WINDOW, 0) // SIZE
+def _first_page(context, SIZE: tl.constexpr, SPAN: tl.constexpr):
+    return first_seen(context, SPAN) // SIZE
 
 
 @triton.jit
@@ -98,14 +99,14 @@ def _ends(
     R: tl.constexpr,
     AXIS: tl.constexpr,
     SIZE: tl.constexpr = 0,
-    WINDOW: tl.constexpr = 0,
+    SPAN: tl.constexpr = 0,
 ):
     """Where the places of each of R rows from `first_row` on end."""
     before = 0
     for first in range(0, first_row, R):
         earlier_query, earlier_context = _lengths(layout, first + tl.arange(0, R), num_rows, row_stride)
-        before += tl.sum(_count(earlier_query, earlier_context, AXIS, SIZE, WINDOW), 0)
-    return before + tl.cumsum(_count(query, context, AXIS, SIZE, WINDOW), 0)
+        before += tl.sum(_count(earlier_query, earlier_context, AXIS, SIZE, SPAN), 0)
+    return before + tl.cumsum(_count(query, context, AXIS, SIZE, SPAN), 0)
 
 
 @triton.jit
@@ -180,8 +181,8 @@ def _write_row_field(slot, row_R, num_rows, query_R, context_R, end_R, FIELDS: t
         # The dividend is kept from being negative, where Triton's remainder is not Python's.
         length_R = (context_R + query_R + (PARAMETERS[0] - 1)) % PARAMETERS[0] + 1
         tl.store(slot + row_R, length_R, mask=inside_R)
-    elif NAME == "window_start":
-        tl.store(slot + row_R, tl.maximum(context_R + 1 - PARAMETERS[0], 0), mask=inside_R)
+    elif NAME == "first_seen":
+        tl.store(slot + row_R, first_seen(context_R, PARAMETERS[0]), mask=inside_R)
     elif NAME == "has_initial_state":
         tl.store(slot.to(tl.pointer_type(tl.int8)) + row_R, (context_R > 0).to(tl.int8), mask=inside_R)
     else:

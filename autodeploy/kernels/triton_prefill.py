@@ -20,6 +20,7 @@ from torch import Tensor
 from autodeploy.kernels.support import power_of_two
 from autodeploy.kernels.triton_blocks import block_keys, shared_bytes
 from autodeploy.kernels.triton_softmax import LOWEST, Scoring, attend_range, load_sinks, load_slopes, store_heads
+from autodeploy.kernels.triton_span import first_seen
 
 
 def tile_tokens(group_size: int, dtype: torch.dtype) -> int:
@@ -37,7 +38,7 @@ def prefill_kernel(
     query, sinks, slopes, key_cache, value_cache, block_table, seq_lens, cu_seqlens_q, query_tiles, out,
     query_stride_h, query_stride_t, table_stride, inner, multiplier,
     HEADS: tl.constexpr, GROUP: tl.constexpr, KEY_SIZE: tl.constexpr, VALUE_SIZE: tl.constexpr,
-    PAGE_SIZE: tl.constexpr, WINDOW: tl.constexpr, HAS_SOFTCAP: tl.constexpr, TOKENS: tl.constexpr,
+    PAGE_SIZE: tl.constexpr, SPAN: tl.constexpr, HAS_SOFTCAP: tl.constexpr, TOKENS: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_E: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
     """Program (key-value head, tile) writes the tile's rows of `out` [T, H, E]; later tiles see more, and go first."""
@@ -68,23 +69,23 @@ def prefill_kernel(
     slope_M = load_slopes(slopes, head_M, real_M, multiplier)
     first, end = 0, end_token + shift
     whole_begin, whole_end = 0, (begin_token + shift + 1) // BLOCK_N * BLOCK_N
-    if WINDOW is not None:
-        first = tl.maximum(begin_token + shift + 1 - WINDOW, 0)
-        whole_begin = tl.minimum(tl.cdiv(tl.maximum(end - WINDOW, 0), BLOCK_N) * BLOCK_N, whole_end)
+    if SPAN != 0:
+        first = first_seen(begin_token + shift, SPAN)
+        whole_begin = tl.minimum(tl.cdiv(first_seen(end - 1, SPAN), BLOCK_N) * BLOCK_N, whole_end)
         highest_M, total_M, mixed_ME = attend_range(
             query_MD, highest_M, total_M, mixed_ME, position_M, slope_M, first // BLOCK_N * BLOCK_N, whole_begin, first,
             key_cache, value_cache, table, head, inner, multiplier, slopes is not None, True,
-            HEADS, KEY_SIZE, VALUE_SIZE, PAGE_SIZE, WINDOW, HAS_SOFTCAP, BLOCK_D, BLOCK_E, BLOCK_N,
+            HEADS, KEY_SIZE, VALUE_SIZE, PAGE_SIZE, SPAN, HAS_SOFTCAP, BLOCK_D, BLOCK_E, BLOCK_N,
         )  # fmt: skip
     highest_M, total_M, mixed_ME = attend_range(
         query_MD, highest_M, total_M, mixed_ME, position_M, slope_M, whole_begin, whole_end, first,
         key_cache, value_cache, table, head, inner, multiplier, slopes is not None, False,
-        HEADS, KEY_SIZE, VALUE_SIZE, PAGE_SIZE, WINDOW, HAS_SOFTCAP, BLOCK_D, BLOCK_E, BLOCK_N,
+        HEADS, KEY_SIZE, VALUE_SIZE, PAGE_SIZE, SPAN, HAS_SOFTCAP, BLOCK_D, BLOCK_E, BLOCK_N,
     )  # fmt: skip
     highest_M, total_M, mixed_ME = attend_range(
         query_MD, highest_M, total_M, mixed_ME, position_M, slope_M, whole_end, end, first,
         key_cache, value_cache, table, head, inner, multiplier, slopes is not None, True,
-        HEADS, KEY_SIZE, VALUE_SIZE, PAGE_SIZE, WINDOW, HAS_SOFTCAP, BLOCK_D, BLOCK_E, BLOCK_N,
+        HEADS, KEY_SIZE, VALUE_SIZE, PAGE_SIZE, SPAN, HAS_SOFTCAP, BLOCK_D, BLOCK_E, BLOCK_N,
     )  # fmt: skip
     mask_ME = real_M[:, None] & (column_E < VALUE_SIZE)[None, :]
     store_heads(out, token_M, head_M, mask_ME, mixed_ME / total_M[:, None], HEADS * GROUP, VALUE_SIZE, BLOCK_E)
@@ -134,5 +135,5 @@ def prefill(
         query_HTD, sinks, slopes, key_cache, value_cache, block_table, seq_lens, cu_seqlens_q, query_tiles, out_THE,
         *query_HTD.stride()[:2], block_table.stride(0), scoring.inner, scoring.multiplier,
         HEADS=num_kv_heads, GROUP=group_size, KEY_SIZE=head_dim, VALUE_SIZE=value_dim, PAGE_SIZE=page_size,
-        WINDOW=scoring.window, HAS_SOFTCAP=scoring.inner != 0, **blocks,
+        SPAN=scoring.span.code, HAS_SOFTCAP=scoring.inner != 0, **blocks,
     )  # fmt: skip

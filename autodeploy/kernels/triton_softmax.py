@@ -14,6 +14,9 @@ from typing import NamedTuple
 import triton
 import triton.language as tl
 
+from autodeploy.kernels.triton_span import first_seen
+from autodeploy.metadata.span import Span, span_of
+
 LOG2E = tl.constexpr(1.4426950408889634)
 # Below every score, and finite so that a row that has seen nothing subtracts to 0 and not to NaN.
 LOWEST = tl.constexpr(-1e30)
@@ -24,14 +27,14 @@ class Scoring(NamedTuple):
 
     inner: float
     multiplier: float
-    window: int | None
+    span: Span
 
     @staticmethod
-    def of(scale: float, window: int | None, softcap: float | None) -> Scoring:
+    def of(scale: float, span: str, softcap: float | None) -> Scoring:
         """`scale` and `softcap` as in the canonical op, both positive."""
         if softcap is None:
-            return Scoring(0.0, scale * math.log2(math.e), window)
-        return Scoring(scale / softcap, softcap * math.log2(math.e), window)
+            return Scoring(0.0, scale * math.log2(math.e), span_of(span))
+        return Scoring(scale / softcap, softcap * math.log2(math.e), span_of(span))
 
 
 @triton.jit
@@ -108,7 +111,7 @@ def attend_range(
     query_MD, highest_M, total_M, mixed_ME, position_M, slope_M, begin, end, first,
     key_cache, value_cache, table, head, inner, multiplier, HAS_SLOPES: tl.constexpr, MASKED: tl.constexpr,
     HEADS: tl.constexpr, KEY_SIZE: tl.constexpr, VALUE_SIZE: tl.constexpr, PAGE_SIZE: tl.constexpr,
-    WINDOW: tl.constexpr, HAS_SOFTCAP: tl.constexpr,
+    SPAN: tl.constexpr, HAS_SOFTCAP: tl.constexpr,
     BLOCK_D: tl.constexpr, BLOCK_E: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
     """The running softmax once it has seen the keys from `begin`, a multiple of BLOCK_N, to `end`; none before `first`.
@@ -127,8 +130,8 @@ def attend_range(
             score_MN -= slope_M[:, None] * (position_M[:, None] - at_N[None, :])
         if MASKED:
             seen_MN = own_N[None, :] & (at_N[None, :] <= position_M[:, None])
-            if WINDOW is not None:
-                seen_MN &= at_N[None, :] > position_M[:, None] - WINDOW
+            if SPAN != 0:
+                seen_MN &= at_N[None, :] >= first_seen(position_M, SPAN)[:, None]
             score_MN = tl.where(seen_MN, score_MN, float("-inf"))
         # One block ahead, so that the loads above never wait for a page number.
         at_N += BLOCK_N

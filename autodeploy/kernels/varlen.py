@@ -14,6 +14,7 @@ from torch import Tensor
 from autodeploy.kernels import support
 from autodeploy.kernels.paged import PagedAttention
 from autodeploy.metadata import fields
+from autodeploy.metadata.span import Chunk, span_of
 from autodeploy.ops.spec import Backend, Site
 
 _PAGE_MULTIPLE = 256
@@ -23,7 +24,7 @@ _library = torch.library.Library("autodeploy", "FRAGMENT")
 _library.define(
     "varlen_paged_attention(Tensor query, Tensor key, Tensor value, Tensor? sinks, Tensor(a!) key_cache,"
     " Tensor(b!) value_cache, Tensor slot_mapping, Tensor block_table, Tensor seq_lens, Tensor cu_seqlens_q, *,"
-    " float scale, int? window=None, float? softcap=None) -> Tensor",
+    " float scale, str span='full', float? softcap=None) -> Tensor",
     tags=(torch.Tag.pt2_compliant_tag,),
 )
 
@@ -42,7 +43,7 @@ def _paged_attention(
     cu_seqlens_q: Tensor,
     *,
     scale: float,
-    window: int | None = None,
+    span: str = "full",
     softcap: float | None = None,
 ) -> Tensor:
     """Write the new keys and values, then attend to the pages in place.
@@ -62,7 +63,7 @@ def _paged_attention(
     num_tokens, num_rows = query.shape[2], block_table.shape[0]
     options: dict[str, Any] = {
         "scale": scale,
-        "window_size": (-1 if window is None else window - 1, 0),
+        "window_size": ((span_of(span).longest or 0) - 1, 0),
         "enable_gqa": True,
         "seqused_k": seq_lens,
         "block_table": block_table,
@@ -131,6 +132,8 @@ def _why_not_here(site: Site) -> str | None:
 def _why_not_kernel(site: Site) -> str | None:
     """What flash attention lacks for this layer."""
     p = site.params
+    if isinstance(site.span, Chunk):
+        return "varlen_attn has no chunks"
     if site.dtype not in (torch.float16, torch.bfloat16):
         return f"{site.dtype} is neither float16 nor bfloat16".replace("torch.", "")
     if p["softcap"] is not None:

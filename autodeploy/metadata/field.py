@@ -30,7 +30,7 @@ class Field:
     """One entry of the catalogue.
 
     `shape` is in the letters above; `depends` is what the value depends on beside the batch itself: any of "P" (page
-    size), "G" (KV group), "W" (window), "H" (head configuration or kernel size); `padding` says what padding rows or
+    size), "G" (KV group), "W" (span), "H" (head configuration or kernel size); `padding` says what padding rows or
     tokens hold.
     """
 
@@ -50,7 +50,8 @@ def field(
     """Register a formula as a field and return the op that computes it.
 
     The formula takes `layout` [S, C] int32 first, then `num_tokens` where it makes something per token, then int
-    parameters; its docstring's first line is its meaning. It must be pure, in plain torch, with annotations.
+    parameters and names of spans; its docstring's first line is its meaning. It must be pure, in plain torch, with
+    annotations.
     """
 
     def register(formula: Callable[..., Tensor]) -> Callable[..., Tensor]:
@@ -87,7 +88,13 @@ def num_ops(target: Any) -> int:
     formula = of_op(target).formula
     graph = fx.Graph()
     tracer = GraphAppendingTracer(graph)
-    formula(*(Proxy(graph.placeholder(name), tracer) for name in inspect.signature(formula).parameters))
+    parameters = inspect.signature(formula).parameters.values()
+    formula(
+        *(
+            "window_1" if each.annotation == "str" else Proxy(graph.placeholder(each.name), tracer)
+            for each in parameters
+        )
+    )
     scalars = find_scalars(graph)
     ops = [node for node in graph.nodes if node.op in ("call_function", "call_method") and node not in scalars]
     return sum(num_ops(node.target) for node in ops)
@@ -102,7 +109,7 @@ class FieldRequest(NamedTuple):
     """A field by name, with those of its parameters that are neither the layout nor the number of tokens, in order."""
 
     name: str
-    parameters: tuple[int, ...]
+    parameters: tuple[int | str, ...]
 
 
 class FieldLauncher(Protocol):

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from autodeploy.metadata.field import field
 from autodeploy.metadata.layout import CONTEXT_LEN, NUM_FIXED_COLUMNS, QUERY_LEN, STATE_SLOT
+from autodeploy.metadata.span import span_of
 
 
 @field(shape="[S] int32", padding="0")
@@ -108,6 +109,6 @@ def last_page_len(layout: Tensor, page_size: int) -> Tensor:
 
 
 @field(shape="[S] int32", depends="W", padding="0")
-def window_start(layout: Tensor, window: int) -> Tensor:
-    """max(0, c + 1 - w): the first cached position that the first new token of each sequence still sees."""
-    return (layout[:, CONTEXT_LEN] + 1 - window).clamp(min=0)
+def first_seen(layout: Tensor, span: str) -> Tensor:
+    """The first position that the first new token of each sequence still sees: 0, c + 1 - w, or c // w * w."""
+    return span_of(span).first_seen(layout[:, CONTEXT_LEN]).clamp(min=0)

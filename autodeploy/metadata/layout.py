@@ -19,6 +19,8 @@ from typing import TypeVar
 
 import numpy as np
 
+from autodeploy.metadata.span import Span
+
 IntOrArray = TypeVar("IntOrArray", int, np.ndarray)
 
 QUERY_LEN, CONTEXT_LEN, STATE_SLOT, NUM_FIXED_COLUMNS = 0, 1, 2, 3
@@ -43,17 +45,17 @@ class LayoutSpec:
     """What a compiled graph fixes about its layouts.
 
     `num_groups` KV groups (each with its own block table), `page_size` tokens per page.
-    `windows[g]` is the sliding window of group g in tokens, None for full attention.
+    `spans[g]` is what tokens see in group g.
     `has_state` tells whether any node keeps a per-sequence state (convolution, SSM).
     """
 
     page_size: int
-    windows: tuple[int | None, ...]
+    spans: tuple[Span, ...]
     has_state: bool = False
 
     @property
     def num_groups(self) -> int:
-        return len(self.windows)
+        return len(self.spans)
 
     def num_columns(self, pages_per_sequence: int) -> int:
         return NUM_FIXED_COLUMNS + self.num_groups * pages_per_sequence
@@ -61,7 +63,6 @@ class LayoutSpec:
     def first_read_page(self, group: int, context_len: IntOrArray) -> IntOrArray:
         """First block-table entry that a sequence with `context_len` cached tokens still reads; may be negative.
 
-        The first new token stands at position c and sees c + 1 - window and later, the same as the field window_start.
+        The first new token stands at position c, and sees what the field `first_seen` says.
         """
-        window = self.windows[group]
-        return context_len * 0 if window is None else (context_len + 1 - window) // self.page_size
+        return self.spans[group].first_seen(context_len) // self.page_size

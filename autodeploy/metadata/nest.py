@@ -245,7 +245,7 @@ def _pages_in_use(table_SP: np.ndarray, batch: _Batch, group: int, spec: LayoutS
     """The table [S, P] with 0 where this step neither reads nor writes, once its pages are checked."""
     entry_P = np.arange(table_SP.shape[1])
     used_SP = entry_P < -(-(batch.context_lens + batch.query_lens) // spec.page_size)[:, None]
-    if spec.windows[group] is not None:
+    if spec.spans[group].longest is not None:
         used_SP &= entry_P >= spec.first_read_page(group, batch.context_lens)[:, None]
     pages_SP = np.where(used_SP, table_SP, SCRATCH_PAGE)
     in_range = pages_SP.min(initial=0) >= 0 and pages_SP.max(initial=0) < num_pages

@@ -14,6 +14,8 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
+from autodeploy.metadata.span import Full, Span
+
 
 @dataclass(frozen=True)
 class CacheSpec:
@@ -44,7 +46,7 @@ class Site:
     layer_type: str
     dtype: torch.dtype
     device: torch.device
-    window: int | None = None
+    span: Span = field(default_factory=Full)
     group: int = 0
     num_groups: int = 0
     page_size: int = 0

@@ -65,8 +65,8 @@ def default_num_pages(
         else:
             state_bytes += (max_num_seqs + 1) * _num_bytes(spec)
     whole = -(-max_model_len // page_size)
-    alone = [pages_needed(max_model_len, page_size, window) for window in layout_spec.windows]
-    # A window's pages, and those of a prompt's chunk, which is written before the pages behind it are freed.
+    alone = [pages_needed(max_model_len, page_size, span) for span in layout_spec.spans]
+    # A span's pages, and those of a prompt's chunk, which is written before the pages behind it are freed.
     wanted = [min(whole, pages + chunk_pages) * max_num_seqs for pages in alone]
     budget = memory_bytes - state_bytes - sum(page_bytes)
     price = sum(count * size for count, size in zip(wanted, page_bytes, strict=True))

@@ -14,13 +14,14 @@ import numpy as np
 
 from autodeploy.errors import OptionError
 from autodeploy.metadata.layout import SCRATCH_PAGE, LayoutSpec
+from autodeploy.metadata.span import Span
 
 
-def pages_needed(num_tokens: int, page_size: int, window: int | None) -> int:
+def pages_needed(num_tokens: int, page_size: int, span: Span) -> int:
     """The most pages that one sequence holds at once while it grows to `num_tokens`, one token per step."""
     pages = -(-num_tokens // page_size)
     # w positions in a row touch at most (w + p - 2) // p + 1 pages, when the first of them is a page's last.
-    return pages if window is None else min(pages, (window + page_size - 2) // page_size + 1)
+    return pages if span.longest is None else min(pages, (span.longest + page_size - 2) // page_size + 1)
 
 
 _NO_PAGE = np.array([[SCRATCH_PAGE]])
@@ -42,7 +43,7 @@ class Change(NamedTuple):
 class PagePool:
     """The pages of one KV group: 1 .. num_pages - 1, each free or in exactly one row of `table` [N, P] int32.
 
-    Entries of row r before first[r] have fallen behind the sliding window and are 0.
+    Entries of row r before first[r] are behind what its tokens still see, and are 0.
     """
 
     def __init__(self, table: np.ndarray, num_pages: int) -> None:
@@ -96,15 +97,15 @@ class BlockTables:
     def fits_alone(self, num_tokens: int) -> bool:
         """Whether a sequence can grow to `num_tokens` if it has the pools to itself."""
         return all(
-            pages_needed(num_tokens, self.spec.page_size, window) < pool.num_pages
-            for pool, window in zip(self.pools, self.spec.windows, strict=True)
+            pages_needed(num_tokens, self.spec.page_size, span) < pool.num_pages
+            for pool, span in zip(self.pools, self.spec.spans, strict=True)
         )
 
     def fits_now(self, num_tokens: int) -> bool:
         """Whether a new sequence could grow to `num_tokens` with what is free."""
         return bool(self.free_rows) and all(
-            pages_needed(num_tokens, self.spec.page_size, window) <= len(pool.free)
-            for pool, window in zip(self.pools, self.spec.windows, strict=True)
+            pages_needed(num_tokens, self.spec.page_size, span) <= len(pool.free)
+            for pool, span in zip(self.pools, self.spec.spans, strict=True)
         )
 
     def acquire(self) -> int:
@@ -140,7 +141,7 @@ class BlockTables:
         return True
 
     def drop_unread(self, row: int, context_len: int) -> None:
-        """Free the pages that no token from position `context_len` on will read: those behind a sliding window."""
+        """Free the pages that no token from position `context_len` on will read: those behind a window or a chunk."""
         for group, pool in enumerate(self.pools):
             pool.drop_before(row, self.spec.first_read_page(group, context_len))
 
@@ -162,17 +163,25 @@ class BlockTables:
         return [Change(full, self._groups, ends, pages)]
 
     def drop_each(self, rows: np.ndarray, context_lens: np.ndarray) -> list[Change]:
-        """As `drop_unread` for each of `rows` [n], after a decode step: a window has left at most one page of each."""
+        """As `drop_unread` for each of `rows` [n]: a window leaves a page now and then, a chunk all of its pages."""
         changes = []
-        for group, pool in enumerate(self.pools):
-            if self.spec.windows[group] is None:
+        for group, (pool, span) in enumerate(zip(self.pools, self.spec.spans, strict=True)):
+            if span.longest is None:
                 continue
-            first = pool.first.take(rows)
-            behind = (self.spec.first_read_page(group, context_lens) > first).nonzero()[0]
+            first, now = pool.first.take(rows), self.spec.first_read_page(group, context_lens)
+            behind = (now > first).nonzero()[0]
             if behind.size:
-                dropped, first = rows[behind], first[behind]
-                pool.free += pool.table[dropped, first].tolist()
-                pool.table[dropped, first] = SCRATCH_PAGE
-                pool.first[dropped] = first + 1
-                changes.append(Change(behind, self._groups[group : group + 1], first, _NO_PAGE))
+                sequences, entries = _ranges(behind, first[behind], now[behind])
+                dropped = rows[sequences]
+                pool.free += pool.table[dropped, entries].tolist()
+                pool.table[dropped, entries] = SCRATCH_PAGE
+                pool.first[rows[behind]] = now[behind]
+                changes.append(Change(sequences, self._groups[group : group + 1], entries, _NO_PAGE))
         return changes
+
+
+def _ranges(names: np.ndarray, first: np.ndarray, end: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Each of `names` [n] once for every number from its `first` on to its `end`, and these numbers."""
+    counts = end - first
+    start = np.repeat(np.cumsum(counts) - counts, counts)
+    return np.repeat(names, counts), np.arange(len(start)) - start + np.repeat(first, counts)

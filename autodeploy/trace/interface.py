@@ -90,7 +90,15 @@ def _attention(
     mask = _mask_of(attention_mask, where)
     scale = query.shape[-1] ** -0.5 if scaling is None else float(scaling)
     return attention(
-        query, key, value, s_aux, position_bias, scale=scale, causal=mask.causal, window=mask.window, softcap=softcap
+        query,
+        key,
+        value,
+        s_aux,
+        position_bias,
+        scale=scale,
+        causal=mask.causal,
+        span=mask.span.name,
+        softcap=softcap,
     )
 
 

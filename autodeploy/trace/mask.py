@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from contextlib import nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor, fx
@@ -24,6 +24,7 @@ from autodeploy.attention_forms.square import Square
 from autodeploy.attention_forms.unfold import unfolder
 from autodeploy.graph.edit import get_attribute
 from autodeploy.graph.meta import VALUE
+from autodeploy.metadata.span import Full, Span
 
 MaskFunction = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
 _QUERIES, _KEYS = 5, 7  # any two sizes above one that differ
@@ -31,13 +32,13 @@ _QUERIES, _KEYS = 5, 7  # any two sizes above one that differ
 
 @dataclass(frozen=True)
 class Mask:
-    """A query at position i sees keys j <= i if `causal`, and only |i - j| < `window` if there is one.
+    """What a query sees: `causal` and `span` as in the canonical op.
 
     `refused` says why the mask has no such form; the other fields mean nothing then.
     """
 
     causal: bool = True
-    window: int | None = None
+    span: Span = field(default_factory=Full)
     refused: str | None = None
 
 
@@ -53,7 +54,7 @@ def _(batch, num_queries, num_keys, dtype, device):
 
 
 def read_mask(mask_function: MaskFunction, num_positions: int) -> Mask:
-    """Causality and window of `mask_function` over positions 0 .. num_positions - 1; usable inside an export."""
+    """Causality and span of `mask_function` over positions 0 .. num_positions - 1; usable inside an export."""
     name = _describe(mask_function)
     fake_mode = detect_fake_mode()
     # Asking a function that reads the batch creates symbols for the answers; nothing will ever use them.
@@ -68,8 +69,8 @@ def read_mask(mask_function: MaskFunction, num_positions: int) -> Mask:
         except Exception as error:  # the function is foreign code that may read tensors of the batch
             return Mask(refused=f"mask {name} depends on more than positions ({type(error).__name__})")
     if form is None:
-        return Mask(refused=f"mask {name} is neither causal, full nor a sliding window")
-    return Mask(form.causal, form.window)
+        return Mask(refused=f"mask {name} is neither causal, full, a sliding window nor chunks")
+    return Mask(form.causal, form.span)
 
 
 def _traced(mask_function: MaskFunction) -> fx.GraphModule:

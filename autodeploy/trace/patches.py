@@ -35,6 +35,7 @@ def traceable(model: PreTrainedModel) -> Iterator[None]:
                 stack.enter_context(_swapped(config, name, _SETTINGS[name]))
         # Guesses from jumps in position_ids where one sequence ends; here a batch row is one sequence.
         stack.enter_context(_swapped(masking_utils, "find_packed_sequence_indices", lambda position_ids: None))
+        stack.enter_context(_swapped(masking_utils, "chunked_overlay", _chunked_overlay))
         for module in _modeling_modules(model):
             for name in _DOORS.keys() & vars(module).keys():
                 stack.enter_context(_swapped(module, name, _DOORS[name]))
@@ -52,6 +53,11 @@ def _causal_conv1d_fn(
     if seq_idx is not None:
         raise UnsupportedFeature("packed sequences (seq_idx)", where="causal_conv1d_fn")
     return causal_conv1d(hidden_states, weight, bias, activation=activation)
+
+
+def _chunked_overlay(chunk_size: int, left_padding: Tensor) -> Callable[..., Any]:
+    """Without the padding, which rows of a traced batch have none of, and whose tensor cannot be asked."""
+    return lambda batch, head, query, key: key // chunk_size == query // chunk_size
 
 
 # Modeling files call their stateful kernels through module-level functions of these names.

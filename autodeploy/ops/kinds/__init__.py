@@ -1,4 +1,7 @@
-"""The kinds of attention node: each file of this folder is one, complete; others come by entry points."""
+"""The kinds of attention node: each file of this folder is one, complete; others come by entry points.
+
+Importing this defines the ops of ours, so that graphs that hold them can be made and loaded.
+"""
 
 from __future__ import annotations
 
@@ -9,12 +12,13 @@ from pkgutil import iter_modules
 
 from autodeploy.ops.spec import Kind
 
+_OURS = tuple(import_module(f"{__name__}.{module.name}").KIND for module in iter_modules(__path__))
+
 
 @cache
 def kinds() -> tuple[Kind, ...]:
     """Every kind of attention node: ours by name, then those of the entry points `autodeploy.kinds`."""
-    ours = [import_module(f"autodeploy.ops.kinds.{module.name}").KIND for module in iter_modules(__path__)]
-    return (*ours, *(point.load() for point in entry_points(group="autodeploy.kinds")))
+    return (*_OURS, *(point.load() for point in entry_points(group="autodeploy.kinds")))
 
 
 def kind_of(target: object) -> Kind | None:

@@ -5,7 +5,7 @@ Shapes: B batch, H query heads, K key-value heads, S tokens, D key size, E value
 
 from __future__ import annotations
 
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch import Tensor, fx
@@ -13,6 +13,7 @@ from torch import Tensor, fx
 from autodeploy.errors import UnsupportedFeature
 from autodeploy.graph.location import module_path, node_location
 from autodeploy.graph.meta import VALUE
+from autodeploy.metadata.span import SORTS, Span, span_of
 from autodeploy.ops.spec import Kind, Site
 
 # (atol, rtol) of a backend against the canonical op, by the dtype of its cache. float32 and float64: another order of
@@ -40,20 +41,21 @@ def attention(
     *,
     scale: float,
     causal: bool = True,
-    window: int | None = None,
+    span: str = "full",
     softcap: float | None = None,
 ) -> Tensor:
     """softmax(softcap(Q Kᵀ · scale) + bias + alibi + mask) V, in the arithmetic of transformers' eager attention.
 
     query [B, H, S, D], key [B, K, S, D], value [B, K, S, E] -> [B, S, H, E], in query's dtype; H is a multiple of K.
-    A query at position i sees keys j <= i if `causal`, and only j > i - window if `window` is given.
+    A query sees no key after it if `causal`, and only keys of its `span` (by name); where it is not `causal`, it also
+    has to be in theirs.
     `softcap` c squashes scores to c·tanh(score / c) (Gemma 2). `sinks` [H] is one more logit per head that takes
     probability and gives nothing (gpt-oss). `bias` is added to the scores, broadcastable to [B, H, S, S].
     `cu_seqlens` [N + 1] int32 cuts one packed row (B = 1) into N sequences that do not see each other; tokens after
     the last sequence are padding and see only themselves. `alibi_slopes` [H] float32 adds slope · (j - i) to the score
     of key j (ALiBi: Press et al., arXiv 2108.12409), in float32 or more; without sinks slope · j gives the same.
     """
-    mask_QS = _mask(query.shape[2], causal, window, cu_seqlens, query.device)
+    mask_QS = _mask(query.shape[2], causal, span_of(span), cu_seqlens, query.device)
     out_BHSE = attend(
         query, key, value, mask_QS, scale=scale, softcap=softcap, sinks=sinks, bias=bias, alibi_slopes=alibi_slopes
     )
@@ -105,24 +107,24 @@ def attend(
     return torch.matmul(weights_BHQS, value_BHSE)
 
 
-def _mask(
-    num_tokens: int, causal: bool, window: int | None, cu_seqlens: Tensor | None, device: torch.device
-) -> Tensor | None:
+def _mask(num_tokens: int, causal: bool, span: Span, cu_seqlens: Tensor | None, device: torch.device) -> Tensor | None:
     """[S, S] bool, True where query i sees key j, or None where everything is seen."""
-    if not causal and window is None and cu_seqlens is None:
+    if not causal and span.longest is None and cu_seqlens is None:
         return None
     index_S = torch.arange(num_tokens, device=device)
-    distance_SS = index_S[:, None] - index_S[None, :]
-    seen_SS = torch.ones_like(distance_SS, dtype=torch.bool)
-    if causal:
-        seen_SS = distance_SS >= 0
-    if window is not None:
-        seen_SS = seen_SS & (distance_SS < window) & (distance_SS > -window)
+    key_S, query_S1 = index_S, index_S[:, None]
+    sequence_S = first_S = torch.zeros_like(index_S)
     if cu_seqlens is not None:
         sequence_S = torch.searchsorted(cu_seqlens, index_S.to(cu_seqlens.dtype), right=True)
-        padding_S = index_S >= cu_seqlens[-1]
-        seen_SS = seen_SS & (sequence_S[:, None] == sequence_S[None, :])
-        seen_SS = torch.where(padding_S[:, None], distance_SS == 0, seen_SS)
+        first_S = cu_seqlens[sequence_S - 1].to(index_S.dtype)
+    # Where each one's span begins in the packed row.
+    begin_S = span.first_seen(index_S - first_S) + first_S
+    seen_SS = (key_S >= begin_S[:, None]) & (query_S1 >= begin_S)
+    if causal:
+        seen_SS = seen_SS & (query_S1 >= key_S)
+    if cu_seqlens is not None:
+        seen_SS = seen_SS & (sequence_S[:, None] == sequence_S)
+        seen_SS = torch.where((index_S >= cu_seqlens[-1])[:, None], query_S1 == key_S, seen_SS)
     return seen_SS
 
 
@@ -138,14 +140,14 @@ def _describe(node: fx.Node) -> Site:
     if not all(isinstance(arg, fx.Node) and VALUE.on(arg) for arg in (query, key, value)):
         raise UnsupportedFeature("an attention node whose inputs have no recorded shapes", where=node_location(node))
     q, k, v = (VALUE.of(arg) for arg in (query, key, value))
-    window = cast("int | None", node.kwargs.get("window"))
+    span = span_of(str(node.kwargs.get("span", "full")))
     return Site(
         kind="attention",
         path=module_path(node) or node.name,
-        layer_type="full_attention" if window is None else "sliding_attention",
+        layer_type=span.layer_type,
         dtype=q.dtype,
         device=q.device,
-        window=window,
+        span=span,
         params={
             "num_heads": int(q.shape[1]),
             "num_kv_heads": int(k.shape[1]),
@@ -166,6 +168,6 @@ KIND = Kind(
     op=torch.ops.autodeploy.attention.default,
     describe=_describe,
     tensors=_tensors,
-    layer_types=("full_attention", "sliding_attention"),
-    meaning="softmax attention: MHA, MQA, GQA; full or sliding; softcap, sinks, bias, ALiBi",
+    layer_types=tuple(sort.layer_type for sort in SORTS),
+    meaning="softmax attention: MHA, MQA, GQA; full, sliding or chunked; softcap, sinks, bias, ALiBi",
 )
