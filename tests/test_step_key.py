@@ -25,7 +25,7 @@ from autodeploy.graph.meta import CONSTANT
 from autodeploy.inductor import machine
 from autodeploy.inductor.step_cache import environment_key, graph_key
 from autodeploy.inductor.stock import stock_key
-from autodeploy.ops import registry
+from autodeploy.kernels import registry
 from passes import InsertCachedAttention, ShareMetadata, default
 
 CPU = torch.device("cpu")
