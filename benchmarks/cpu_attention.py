@@ -25,7 +25,8 @@ from torch import Tensor
 from torch.nn.attention.flex_attention import BlockMask, flex_attention
 
 from autodeploy.kernels.registry import backends
-from autodeploy.ops.spec import Site
+from autodeploy.ops.kinds.attention import AttentionFacts
+from autodeploy.ops.site import Site
 
 NUM_HEADS, NUM_KV_HEADS, HEAD_DIM, PAGE_SIZE = 9, 3, 64, 16
 # (sequences, tokens of each once the step is written, new tokens of each)
@@ -38,18 +39,7 @@ SITE = Site(
     device=torch.device("cpu"),
     num_groups=1,
     page_size=PAGE_SIZE,
-    params={
-        "num_heads": NUM_HEADS,
-        "num_kv_heads": NUM_KV_HEADS,
-        "head_dim": HEAD_DIM,
-        "value_dim": HEAD_DIM,
-        "scale": HEAD_DIM**-0.5,
-        "causal": True,
-        "softcap": None,
-        "has_sinks": False,
-        "has_bias": False,
-        "has_alibi": False,
-    },
+    facts=AttentionFacts(NUM_HEADS, NUM_KV_HEADS, HEAD_DIM, HEAD_DIM, scale=HEAD_DIM**-0.5),
 )
 
 
@@ -70,7 +60,7 @@ def backend_step(name: str, layout: Tensor, num_tokens: int) -> Callable[[], Ten
         torch.randn(1, num_tokens, n, HEAD_DIM).transpose(1, 2) for n in (NUM_HEADS, *[NUM_KV_HEADS] * 2)
     )
     metadata = backend.metadata(layout, num_tokens, SITE)
-    return lambda: backend.call((query, key, value, None, None), caches, metadata, SITE)
+    return lambda: backend.append_and_attend((query, key, value, None, None, None), caches, metadata, SITE)
 
 
 def flex_step(layout: Tensor, query_len: int) -> Callable[[], Tensor]:
@@ -82,7 +72,7 @@ def flex_step(layout: Tensor, query_len: int) -> Callable[[], Tensor]:
     query = torch.randn(num_seqs, query_len, NUM_HEADS, HEAD_DIM).transpose(1, 2)
     mask = paged_mask(table, num_pages, int(layout[0, 1]), query_len)
     compiled = torch.compile(flex_attention, dynamic=False)
-    return lambda: compiled(query, key, value, block_mask=mask, scale=SITE.params["scale"], enable_gqa=True)
+    return lambda: compiled(query, key, value, block_mask=mask, scale=SITE.facts.scale, enable_gqa=True)
 
 
 def paged_mask(table: Tensor, num_pages: int, context_len: int, query_len: int) -> BlockMask:

@@ -15,7 +15,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, StaticCache
 import autodeploy as ad
 from autodeploy.inductor.lower import lower
 from autodeploy.metadata.layout import LayoutSpec
-from autodeploy.ops.spec import CacheSpec
+from autodeploy.ops.cache import Cache
 from autodeploy.runtime.caches import allocate_caches
 from autodeploy.runtime.sampler import best_tokens
 
@@ -38,7 +38,7 @@ PREFILL = 8192
 class _Compiled(NamedTuple):
     step: Callable[..., Tensor]
     spec: LayoutSpec
-    caches: tuple[CacheSpec, ...]
+    caches: tuple[Cache, ...]
 
 
 @cache

@@ -21,25 +21,24 @@ from autodeploy.kernels.registry import backends
 from autodeploy.metadata import fields
 from autodeploy.metadata.layout import LayoutSpec
 from autodeploy.metadata.span import Full, Span, Window
-from autodeploy.ops.spec import Backend, Site
+from autodeploy.ops.backend import Backend
+from autodeploy.ops.kinds.attention import AttentionFacts
+from autodeploy.ops.site import Site
 from passes import LowerFields, ShareMetadata
 
 DEVICE = torch.device("cuda")
 NUM_LAYERS = 32
 PAGE_SIZE = 64
 
-HEADS = {"num_heads": 32, "num_kv_heads": 8, "head_dim": 128, "value_dim": 128}
 LAYER = Site(
     "attention",
     "layer",
     "full_attention",
     torch.bfloat16,
     DEVICE,
+    AttentionFacts(num_heads=32, num_kv_heads=8, head_dim=128, value_dim=128, scale=128**-0.5),
     num_groups=1,
     page_size=PAGE_SIZE,
-    params=HEADS
-    | {"scale": 128**-0.5, "causal": True, "softcap": None}
-    | dict.fromkeys(("has_sinks", "has_bias", "has_alibi"), False),
 )
 
 
@@ -208,7 +207,11 @@ def _attention(backend: Backend, sequences: int, context: int) -> dict[str, Any]
     query = torch.randn(1, 32, rows, 128, device=DEVICE, dtype=torch.bfloat16)
     key, value = (torch.randn(1, 8, rows, 128, device=DEVICE, dtype=torch.bfloat16) for _ in range(2))
     metadata = backend.metadata(step.layout, rows, LAYER)
-    run = captured(lambda: [backend.call((query, key, value, None, None), each, metadata, LAYER) for each in caches])
+    run = captured(
+        lambda: [
+            backend.append_and_attend((query, key, value, None, None, None), each, metadata, LAYER) for each in caches
+        ]
+    )
     seconds = milliseconds(run) / layers / 1e3
     num_bytes = sequences * context * 8 * 128 * sum(dtype.itemsize for dtype in dtypes)
     return {"sequences": sequences, "context": context, "us": seconds * 1e6, "tb_s": num_bytes / seconds / 1e12}

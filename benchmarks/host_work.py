@@ -28,7 +28,7 @@ import torch
 from autodeploy.compiler.report import align
 from autodeploy.metadata.layout import LayoutSpec
 from autodeploy.metadata.span import Full, Window
-from autodeploy.ops.spec import CacheSpec
+from autodeploy.ops.cache import Paged
 from autodeploy.runtime.engine import Engine
 from autodeploy.runtime.requests import SamplingParams
 
@@ -86,8 +86,8 @@ def _micros(count: int, device: torch.device) -> dict[str, float]:
     engine = Engine(
         lambda input_ids, layout, *caches: logits[: layout.shape[0]],
         (
-            CacheSpec("full", "paged", (1,), torch.int8, group=0),
-            CacheSpec("window", "paged", (1,), torch.int8, group=1),
+            Paged("full", (1,), torch.int8),
+            Paged("window", (1,), torch.int8, group=1),
         ),
         LayoutSpec(PAGE_SIZE, (Full(), Window(WINDOW))),
         device=device,

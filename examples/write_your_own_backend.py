@@ -17,13 +17,10 @@ from torch.nn.functional import scaled_dot_product_attention
 from transformers import AutoModelForCausalLM, LlamaConfig
 
 import autodeploy as ad
-from autodeploy.kernels.paged import PagedAttention
-from autodeploy.metadata import fields
-from autodeploy.metadata.span import span_of
-from autodeploy.ops.spec import Site
+from autodeploy.extend import PagedAttention, Site, field, fields, register_backend, span_of
 
 
-@ad.field(shape="[T, L] bool", depends="P W", padding="position 0 alone")
+@field(shape="[T, L] bool", depends="P W", padding="position 0 alone")
 def dense_mask(layout: Tensor, num_tokens: int, num_groups: int, page_size: int, span: str) -> Tensor:
     """Which positions of its sequence each token sees."""
     position_T1 = fields.position_ids(layout, num_tokens)[:, None]
@@ -37,7 +34,7 @@ class DenseAttention(PagedAttention):
     meaning = "one dense mask over all pages of a sequence"
 
     def why_not(self, site: Site) -> str | None:
-        if site.params["softcap"] or site.params["has_sinks"] or site.params["has_alibi"]:
+        if site.facts.softcap or site.facts.has_sinks or site.facts.has_alibi:
             return "softcap, sinks and ALiBi are left out of the example"
         return super().why_not(site)
 
@@ -50,29 +47,27 @@ class DenseAttention(PagedAttention):
             "mask": dense_mask(layout, num_tokens, groups, page_size, site.span.name),
         }
 
-    def call(
+    def append(
+        self, tensors: tuple[Any, ...], caches: tuple[Tensor, ...], metadata: dict[str, Tensor], site: Site
+    ) -> None:
+        for new_1KTD, cache in zip(tensors[1:3], caches, strict=True):
+            torch.ops.aten.index_put_.default(cache.flatten(0, 1), [metadata["slots"]], new_1KTD[0].transpose(0, 1))
+
+    def attend(
         self, tensors: tuple[Any, ...], caches: tuple[Tensor, ...], metadata: dict[str, Tensor], site: Site
     ) -> Tensor:
-        query_1HTD, key_1KTD, value_1KTD, *_ = tensors
-        keys_TKLD, values_TKLD = (
-            write_and_gather(cache, new_1KTD, metadata)
-            for cache, new_1KTD in zip(caches, (key_1KTD, value_1KTD), strict=True)
-        )
-        query_TH1D, mask_T11L = query_1HTD.permute(2, 1, 0, 3), metadata["mask"][:, None, None]
+        # All pages of each token's sequence: [T, K, L, D].
+        pages_TP = metadata["pages"][metadata["rows"]]
+        keys_TKLD, values_TKLD = (cache[pages_TP].flatten(1, 2).transpose(1, 2) for cache in caches)
+        query_TH1D, mask_T11L = tensors[0].permute(2, 1, 0, 3), metadata["mask"][:, None, None]
         out_TH1D = scaled_dot_product_attention(
-            query_TH1D, keys_TKLD, values_TKLD, mask_T11L, scale=site.params["scale"], enable_gqa=True
+            query_TH1D, keys_TKLD, values_TKLD, mask_T11L, scale=site.facts.scale, enable_gqa=True
         )
         return out_TH1D.permute(2, 0, 1, 3)
 
 
-def write_and_gather(cache: Tensor, new_1KTD: Tensor, metadata: dict[str, Tensor]) -> Tensor:
-    """Put the new tokens in their slots, then fetch all pages of each token's sequence: [T, K, L, D]."""
-    torch.ops.aten.index_put_.default(cache.flatten(0, 1), [metadata["slots"]], new_1KTD[0].transpose(0, 1))
-    return cache[metadata["pages"][metadata["rows"]]].flatten(1, 2).transpose(1, 2)
-
-
 def main() -> None:
-    ad.register_backend(DenseAttention())
+    register_backend(DenseAttention())
     config = LlamaConfig(vocab_size=128, hidden_size=64, intermediate_size=96, num_hidden_layers=4)
     config.num_attention_heads, config.num_key_value_heads, config.head_dim = 4, 2, 16
     model = AutoModelForCausalLM.from_config(config).eval()

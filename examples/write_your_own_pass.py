@@ -21,9 +21,7 @@ from torch.fx.node import map_arg
 from transformers import AutoModelForCausalLM, Gemma3TextConfig
 
 import autodeploy as ad
-from autodeploy.graph.edit import get_attribute
-from autodeploy.graph.effects import is_pure
-from autodeploy.graph.values import record_values
+from autodeploy.extend import get_attribute, is_pure, record_values
 
 
 @dataclass(frozen=True)

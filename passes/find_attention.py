@@ -16,7 +16,6 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar
 
-import torch
 from torch import fx
 
 from autodeploy.attention_forms.check import check
@@ -29,10 +28,9 @@ from autodeploy.graph.edit import near_miss, take_near_misses
 from autodeploy.graph.location import node_location
 from autodeploy.graph.meta import CANONICAL
 from autodeploy.graph.values import retype
-from autodeploy.ops.kinds import kind_of
+from autodeploy.ops.kinds import kind_of, kinds
 
 _HEARTS = (SDPA, *SOFTMAXES)
-_CONVOLUTION = torch.ops.aten.conv1d.default
 
 
 @dataclass(frozen=True)
@@ -62,8 +60,9 @@ class FindAttention:
             if reason is not None:
                 near_miss(gm, heart.node, reason)
         retype(gm.graph, stale)
-        for node in gm.graph.find_nodes(op="call_function", target=_CONVOLUTION):
-            near_miss(gm, node, "mixes tokens outside the transformers interfaces")
+        for name, op in [(kind.name, op) for kind in kinds() for op in kind.near]:
+            for node in gm.graph.find_nodes(op="call_function", target=op):
+                near_miss(gm, node, f"mixes tokens, but came through no door of {name}")
         canonical = [node for node in gm.graph.nodes if kind_of(node.target) is not None]
         if not canonical:
             raise no_attention(gm)

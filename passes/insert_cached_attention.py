@@ -3,9 +3,11 @@
 Before:                                     After, for each layer (naively: a copy of the metadata per layer):
     y = autodeploy.attention(q, k, v,           slots = slot_mapping(layout, T, group=0, ...)
         cu_seqlens=..., scale=0.125)            table = block_table(layout, group=0, ...)
-                                                y = sdpa_paged_attention(q, k, v, k_cache_0, v_cache_0, slots, ...)
+                                                sdpa_append(k, v, key_0, value_0, slots)
+                                                y = sdpa_paged_attention(q, key_0, value_0, table, ...)
 
-Caches become graph inputs after the layout. `share_metadata` merges the copies later.
+Caches become graph inputs after the layout. Layers that have keys and values in common have one cache, which the first
+of them writes. `share_metadata` merges the copies of metadata later.
 """
 
 from __future__ import annotations
@@ -17,14 +19,17 @@ from typing import Any, ClassVar
 import torch
 from torch import fx
 
-from autodeploy.graph.edit import add_placeholder, near_miss, placeholder, record
+from autodeploy.graph.edit import add_placeholder, between, near_miss, placeholder, record
 from autodeploy.graph.meta import CACHE_SPECS, LAYOUT_SPEC, SITE
 from autodeploy.graph.values import mode_of, new_size, replace_node, retype
 from autodeploy.kernels.registry import check_backend_choice, choose_backend
 from autodeploy.metadata.layout import POOL_HINT, LayoutSpec
 from autodeploy.metadata.span import Span
+from autodeploy.ops.backend import Backend
+from autodeploy.ops.cache import Cache, Paged, PoolSizes, State
+from autodeploy.ops.kind import Kind
 from autodeploy.ops.kinds import kind_of
-from autodeploy.ops.spec import Backend, CacheSpec, Site
+from autodeploy.ops.site import Site
 from autodeploy.options import integer
 
 
@@ -33,7 +38,7 @@ class InsertCachedAttention:
     """`backend` is "auto", a backend's name, or a mapping from layer type or kind to one; `page_size` is in tokens,
     by default what suits the device.
 
-    Leaves the LayoutSpec and the list of CacheSpec (in input order) in the module's meta.
+    Leaves the LayoutSpec and the caches (in input order) in the module's meta.
     """
 
     backend: str | Mapping[str, str] = "auto"
@@ -56,37 +61,57 @@ class InsertCachedAttention:
         if not nodes:
             return 0
         # Everything that can be refused is refused here, before the first node is changed.
-        plans = self._plan(nodes)
-        spec = LayoutSpec(plans[0][1].page_size, _spans(plans), has_state=any(_keeps_state(plan) for plan in plans))
-        specs: list[CacheSpec] = []
+        plans, spec = self._plan(nodes)
+        sizes = _pool_sizes(gm.graph, spec)
+        specs: list[Cache] = []
+        inputs: list[tuple[fx.Node, ...]] = []
         stale: list[fx.Node] = []
-        pools = _Pools(gm.graph, spec.page_size)
-        for index, (node, site, backend) in enumerate(plans):
-            site = replace(site, num_groups=spec.num_groups)
-            of_node = [replace(cache, name=f"{cache.name}_{index}", group=site.group) for cache in backend.caches(site)]
-            caches = [add_placeholder(gm, each.name, "cache", pools.empty(each, site.device)) for each in of_node]
-            stale += _rewrite(gm, node, layout, site, backend, tuple(caches))
-            specs += of_node
+        for index, plan in enumerate(plans):
+            plan = replace(plan, site=replace(plan.site, num_groups=spec.num_groups))
+            if plan.owner is None:
+                own = [replace(cache, name=f"{cache.name}_{index}") for cache in plan.backend.caches(plan.site)]
+                inputs.append(tuple(_add_cache(gm, cache, sizes, plan.site.device) for cache in own))
+                specs += own
+            else:
+                inputs.append(inputs[plan.owner])
+            stale += _rewrite(gm, plan, layout, inputs[index])
         retype(gm.graph, stale)
         LAYOUT_SPEC.set(gm, spec)
         CACHE_SPECS.set(gm, tuple(specs))
         return len(plans)
 
-    def _plan(self, nodes: list[fx.Node]) -> list[tuple[fx.Node, Site, Backend]]:
+    def _plan(self, nodes: list[fx.Node]) -> tuple[list[_Plan], LayoutSpec]:
         spans: list[Span] = []
-        plans = []
+        plans: list[_Plan] = []
+        owners: dict[Any, int] = {}
+        has_state = False
         for node in nodes:
             kind = kind_of(node.target)
             assert kind is not None
             site = kind.describe(node)
             site = replace(site, page_size=self.page_size or _page_size(site.device))
             backend = choose_backend(site, self.backend)
-            if any(cache.kind == "paged" for cache in backend.caches(site)):
+            caches = backend.caches(site)
+            has_state = has_state or any(isinstance(cache, State) for cache in caches)
+            if any(isinstance(cache, Paged) for cache in caches):
                 if site.span not in spans:
                     spans.append(site.span)
                 site = replace(site, group=spans.index(site.span))
-            plans.append((node, site, backend))
-        return plans
+            appended = kind.appended(kind.tensors(node))
+            owner = owners.setdefault((backend, caches, site.span, appended), len(plans)) if appended else len(plans)
+            plans.append(_Plan(node, kind, site, backend, None if owner == len(plans) else owner))
+        return plans, LayoutSpec(plans[0].site.page_size, tuple(spans), has_state=has_state)
+
+
+@dataclass(frozen=True)
+class _Plan:
+    """What becomes of `node`. `owner` is the plan whose caches it reads, None where it has its own."""
+
+    node: fx.Node
+    kind: Kind
+    site: Site
+    backend: Backend
+    owner: int | None
 
 
 def _page_size(device: torch.device) -> int:
@@ -96,54 +121,36 @@ def _page_size(device: torch.device) -> int:
     return 16 if device.type == "cpu" else 64
 
 
-def _spans(plans: list[tuple[fx.Node, Site, Backend]]) -> tuple[Span, ...]:
-    """The span of each KV group: layers of one span share one block table."""
-    paged = [site for _, site, backend in plans if any(cache.kind == "paged" for cache in backend.caches(site))]
-    return tuple(dict.fromkeys(site.span for site in paged))
+def _pool_sizes(graph: fx.Graph, spec: LayoutSpec) -> PoolSizes:
+    """Symbols: one number of pages for each KV group, one of state slots for all."""
+    mode = mode_of(graph)
+    assert mode is not None, "the canonical nodes were described by their values"
+    pages = tuple(new_size(mode, f"pages_{group}", POOL_HINT) for group in range(spec.num_groups))
+    return PoolSizes(pages, spec.page_size, new_size(mode, "state_slots", POOL_HINT) if spec.has_state else 0)
 
 
-def _keeps_state(plan: tuple[fx.Node, Site, Backend]) -> bool:
-    _, site, backend = plan
-    return any(cache.kind == "state" for cache in backend.caches(site))
+def _add_cache(gm: fx.GraphModule, cache: Cache, sizes: PoolSizes, device: torch.device) -> fx.Node:
+    """The cache as an input."""
+    mode = mode_of(gm.graph)
+    assert mode is not None
+    with mode:
+        value = torch.empty(cache.whole(sizes), dtype=cache.dtype, device=device)
+    return add_placeholder(gm, cache.name, "cache", value)
 
 
-class _Pools:
-    """Fake caches of a graph: one number of pages for each KV group, one of state slots for all."""
-
-    def __init__(self, graph: fx.Graph, page_size: int) -> None:
-        self.mode, self.page_size = mode_of(graph), page_size
-        self.sizes: dict[str, torch.SymInt] = {}
-
-    def empty(self, spec: CacheSpec, device: torch.device) -> torch.Tensor:
-        """The value of the cache that `spec` describes."""
-        assert self.mode is not None, "the canonical nodes were described by their values"
-        name = f"pages_{spec.group}" if spec.kind == "paged" else "state_slots"
-        if name not in self.sizes:
-            self.sizes[name] = new_size(self.mode, name, POOL_HINT)
-        pool = (self.sizes[name], self.page_size) if spec.kind == "paged" else (self.sizes[name],)
-        with self.mode:
-            return torch.empty(*pool, *spec.shape, dtype=spec.dtype, device=device)
-
-
-def _rewrite(
-    gm: fx.GraphModule, node: fx.Node, layout: fx.Node, site: Site, backend: Backend, caches: tuple[fx.Node, ...]
-) -> list[fx.Node]:
-    """Call `backend` in place of `node`; returns the nodes whose values are to be made again."""
+def _rewrite(gm: fx.GraphModule, plan: _Plan, layout: fx.Node, caches: tuple[fx.Node, ...]) -> list[fx.Node]:
+    """Call the backend in place of the node; returns the nodes whose values are to be made again."""
+    node, backend, site = plan.node, plan.backend, plan.site
     num_tokens = record(node, torch.ops.aten.sym_size.int, placeholder(gm, "tokens"), 0)
-    kind = kind_of(node.target)
-    assert kind is not None
-    tensors = kind.tensors(node)
+    run = backend.append_and_attend if plan.owner is None else backend.attend
 
     def cached(layout: Any, num_tokens: Any, tensors: tuple[Any, ...], caches: tuple[Any, ...]) -> Any:
-        return backend.call(tensors, caches, backend.metadata(layout, num_tokens, site), site)
+        return run(tensors, caches, backend.metadata(layout, num_tokens, site), site)
 
-    result = record(node, cached, layout, num_tokens, tensors, caches)
-    for user in _cached_nodes(caches):
-        SITE.set(user, site)
+    result = record(node, cached, layout, num_tokens, plan.kind.tensors(node), caches)
+    made = between(num_tokens, node)
+    for cached_node in [each for each in made if not set(caches).isdisjoint(each.all_input_nodes)] or [result]:
+        SITE.set(cached_node, site)
     stale = replace_node(node, result)
     gm.graph.erase_node(node)
     return stale
-
-
-def _cached_nodes(caches: tuple[fx.Node, ...]) -> set[fx.Node]:
-    return {user for cache in caches for user in cache.users}

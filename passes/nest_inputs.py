@@ -27,7 +27,7 @@ from autodeploy.graph.tokens import token_flow
 from autodeploy.graph.values import new_mode, new_size, retype, use_mode
 from autodeploy.metadata import fields
 from autodeploy.metadata.layout import NUM_FIXED_COLUMNS, SIZES
-from autodeploy.ops.kinds import kind_of
+from autodeploy.ops.kinds import kind_of, kinds
 
 _SIZE = torch.ops.aten.sym_size.int
 _KNOWN_INPUTS = ("input_ids", "position_ids")
@@ -92,7 +92,7 @@ def check_tokens(gm: fx.GraphModule) -> Collection[fx.Node]:
         raise UnsupportedFeature(
             f"an op outside attention that mixes tokens: it {NEAR_MISS.get(node, why)}",
             where=node_location(node),
-            fix="only softmax attention and causal convolution are cached so far",
+            fix=f"what is cached: {', '.join(kind.name for kind in kinds())}",
         )
     for node, why in flow.places:
         raise UnsupportedFeature(

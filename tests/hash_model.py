@@ -8,7 +8,7 @@ from torch import Tensor
 
 from autodeploy.metadata.layout import CONTEXT_LEN, NUM_FIXED_COLUMNS, QUERY_LEN, STATE_SLOT, LayoutSpec
 from autodeploy.metadata.span import Span, Window
-from autodeploy.ops.spec import CacheSpec
+from autodeploy.ops.cache import Paged, State
 from autodeploy.runtime.engine import Engine
 from autodeploy.runtime.requests import RequestOutput, SamplingParams
 
@@ -44,9 +44,9 @@ class HashModel:
         self.span = span
         self.spec = LayoutSpec(page_size, (FULL, span), has_state=True)
         self.cache_specs = (
-            CacheSpec("tokens", "paged", (1,), torch.int32, group=1),
-            CacheSpec("hidden", "paged", (1,), torch.int32, group=0),
-            CacheSpec("state", "state", (1,), torch.int32),
+            Paged("tokens", (1,), torch.int32, group=1),
+            Paged("hidden", (1,), torch.int32),
+            State("state", (1,), torch.int32),
         )
         self.sizes: list[tuple[int, int]] = []
         self.fail_at = -1

@@ -10,7 +10,7 @@ import torch
 from spans import first
 from torch import Tensor
 
-from autodeploy.ops.spec import CacheSpec
+from autodeploy.ops.cache import Cache, Paged
 from autodeploy.runtime.engine import Engine
 from autodeploy.runtime.scheduler import Batch
 
@@ -28,7 +28,7 @@ def by_head(cache: Tensor) -> Tensor:
     return cache.view(pages, heads, size, width).transpose(1, 2)
 
 
-def poison_each_step(engine: Engine, specs: tuple[CacheSpec, ...], view: ByToken) -> None:
+def poison_each_step(engine: Engine, specs: tuple[Cache, ...], view: ByToken) -> None:
     """Before each step fill what nobody owns with NaN, scratch included; after it, check what has been written.
 
     That may be the slots of the step's new tokens, the states of its sequences, and scratch.
@@ -36,7 +36,7 @@ def poison_each_step(engine: Engine, specs: tuple[CacheSpec, ...], view: ByToken
     compute = engine._compute
 
     def checked(batch: Batch, *rest: Any) -> Any:
-        caches = [view(c) if s.kind == "paged" else c for c, s in zip(engine._caches, specs, strict=True)]
+        caches = [view(c) if isinstance(s, Paged) else c for c, s in zip(engine._caches, specs, strict=True)]
         for cache, spec in zip(caches, specs, strict=True):
             cache[~_owned(engine, batch, spec).to(cache.device)] = torch.nan
         before = [cache.clone() for cache in caches]
@@ -52,21 +52,21 @@ def poison_each_step(engine: Engine, specs: tuple[CacheSpec, ...], view: ByToken
     engine._compute = checked  # type: ignore[method-assign]
 
 
-def _owned(engine: Engine, batch: Batch, spec: CacheSpec) -> Tensor:
+def _owned(engine: Engine, batch: Batch, spec: Cache) -> Tensor:
     """[N, p] or [slots] bool: what holds a value that some sequence will read."""
     scheduler = engine._scheduler
     lengths = {request.row: request.num_computed for request in scheduler.running}
-    if spec.kind == "state":
+    if not isinstance(spec, Paged):
         return _states(engine, [row for row, count in lengths.items() if count])
     span = engine._spec.spans[spec.group]
     slots = [(row, first(span, count), count) for row, count in lengths.items()]
     return _slots(engine, spec.group, slots)
 
 
-def _written(engine: Engine, batch: Batch, spec: CacheSpec) -> Tensor:
+def _written(engine: Engine, batch: Batch, spec: Cache) -> Tensor:
     """[N, p] or [slots] bool: what this step may change, scratch included."""
     rows = batch.rows.tolist()
-    if spec.kind == "state":
+    if not isinstance(spec, Paged):
         mask = _states(engine, rows)
     else:
         ends = (batch.context_lens + batch.query_lens).tolist()

@@ -194,11 +194,12 @@ def _known(listing: str) -> list[str]:
     return {
         "passes": [step.name for step in default()],
         "fields": ["name", *(field.name for field in catalogue())],
+        "kinds": ["name", *(kind.name for kind in kinds())],
         "backends": ["kind", *known_backends],
     }[listing]
 
 
-@pytest.mark.parametrize("listing", ["passes", "fields", "backends"])
+@pytest.mark.parametrize("listing", ["passes", "fields", "kinds", "backends"])
 def test_listings(listing: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert main([listing]) == 0
     lines = capsys.readouterr().out.splitlines()

@@ -142,6 +142,8 @@ def test_statistics_are_written_to_and_nothing_else() -> None:
     x, _, _, mean, var = nodes = inputs(*[torch.zeros(2)] * 5)
     node = x.graph.call_function(aten.batch_norm.default, (*nodes, True, 0.1, 1e-5, False))
     assert writes(node) == [mean, var]
+    x.graph.output(node)
+    assert mutated(x.graph).values >= {mean, var}
 
 
 @pytest.mark.parametrize("make", [function(aten.add.Tensor, 1), function(operator.mul, 2.0), method("clone")])
@@ -234,6 +236,26 @@ def test_a_size_is_no_number_where_any_of_what_it_is_measured_of_changes_size() 
     x.graph.call_method("t_", (x,))
     x.graph.output((size,))
     assert find_scalars(x.graph) == {number}
+
+
+def test_a_region_that_nobody_knows_is_not_pure() -> None:
+    root = torch.nn.Module()
+    root.body = fx.symbolic_trace(torch.nn.Tanh())
+    graph = fx.Graph()
+    x, body = graph.placeholder("x"), graph.create_node("get_attr", "body")
+    node = graph.call_function(torch.ops.higher_order.tag_activation_checkpoint, (body, x))
+    graph.output(node)
+    assert impurity(fx.GraphModule(root, graph).graph.output_node().all_input_nodes[0]) == UNKNOWN
+
+
+def test_what_is_no_tensor_is_held_by_all_who_name_it() -> None:
+    root = torch.nn.Module()
+    root.one = root.other = object()
+    graph = fx.Graph()
+    one, other = graph.create_node("get_attr", "one"), graph.create_node("get_attr", "other")
+    graph.output((one, graph.call_function(print, (other,))))
+    gm = fx.GraphModule(root, graph)
+    assert mutated(gm.graph).values >= set(gm.graph.find_nodes(op="get_attr"))
 
 
 def test_names_of_one_storage() -> None:

@@ -26,7 +26,7 @@ def run_example(name: str, *args: str, cache: Path) -> str:
 
 def test_every_example_is_tested() -> None:
     found = {path.stem for path in (ROOT / "examples").glob("*.py")}
-    assert found == {"quickstart", "write_your_own_pass", "write_your_own_backend"}
+    assert found == {"quickstart", "write_your_own_pass", "write_your_own_backend", "write_your_own_kind"}
 
 
 @pytest.fixture
@@ -61,3 +61,8 @@ def test_write_your_own_backend(tmp_path: Path) -> None:
     dense, reference = printed.splitlines()
     assert "nodes_naive=48, nodes_shared=20" in dense
     assert dense.split(" Ledger")[0].removeprefix("dense") == reference.split(" Ledger")[0].removeprefix("reference")
+
+
+def test_write_your_own_kind(tmp_path: Path) -> None:
+    """It compares its own answers."""
+    assert "1 cached attention nodes" in run_example("write_your_own_kind", cache=tmp_path)

@@ -50,6 +50,20 @@ def test_state_and_globals_of_a_provider_are_in_the_key(monkeypatch: pytest.Monk
     assert Fingerprint(Mine(16)).hexdigest() not in before
 
 
+class Named:
+    """Pickled by the name of a global."""
+
+    def __init__(self, name: str) -> None:
+        self.name = name
+
+    def __reduce__(self) -> str:
+        return self.name
+
+
+class Odd(torch.Tensor):
+    pass
+
+
 class Colour(enum.Enum):
     RED = 1
 
@@ -60,6 +74,7 @@ VALUES = [
     *(torch.float32, torch.float64, torch.device("cpu"), torch.device("meta"), torch.tensor(0.0), torch.tensor(-0.0)),
     *(torch.tensor([0.0]), torch.tensor(0), torch.zeros(2, 3), torch.zeros(3, 2).t(), torch.ops.aten.add.Tensor),
     *(float("nan"), float("inf"), len, max, Mine(1), Mine(2), Mine(1).call, [Mine(1)] * 2, nn.Linear, types),
+    *(Named("ONE"), Named("OTHER"), torch.ops.higher_order.cond, torch.ops.higher_order.scan),
 ]
 
 
@@ -67,7 +82,7 @@ def test_different_values_have_different_hashes() -> None:
     assert len({Fingerprint(value).hexdigest() for value in VALUES}) == len(VALUES)
 
 
-@pytest.mark.parametrize("value", [threading.Lock(), (x for x in ()), torch.zeros(1, device="meta")])
+@pytest.mark.parametrize("value", [threading.Lock(), (x for x in ()), torch.zeros(1, device="meta"), Odd(1)])
 def test_what_cannot_be_hashed_is_refused(value: object) -> None:
     for holder in (value, [value], Mine(value)):  # type: ignore[arg-type]
         with pytest.raises(NotHashable):

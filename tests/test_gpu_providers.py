@@ -14,7 +14,8 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from autodeploy.errors import UnsupportedFeature
 from autodeploy.kernels.registry import backends
 from autodeploy.metadata.span import Window
-from autodeploy.ops.spec import Backend, Site
+from autodeploy.ops.backend import Backend
+from autodeploy.ops.site import Site
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 
@@ -86,7 +87,7 @@ def test_is_captured(backend: Backend, site: Site, lengths: list[tuple[int, int]
     caches = tuple(torch.ones_like(cache) for cache in make_caches(backend, site, batch))
 
     def run() -> torch.Tensor:
-        return backend.call(tensors, caches, backend.metadata(layout, batch.num_tokens, site), site)
+        return backend.append_and_attend(tensors, caches, backend.metadata(layout, batch.num_tokens, site), site)
 
     side = torch.cuda.Stream()
     with torch.cuda.stream(side):
@@ -119,8 +120,8 @@ def test_fake_is_as_real(backend: Backend, site: Site, lengths: list[tuple[int, 
     with FakeTensorMode() as mode:
         fakes = [[None if t is None else mode.from_tensor(t) for t in part] for part in (tensors, caches)]
         known = {name: mode.from_tensor(tensor) for name, tensor in metadata.items()}
-        fake = backend.call(tuple(fakes[0]), tuple(fakes[1]), known, site)
-    real = backend.call(tensors, caches, metadata, site)
+        fake = backend.append_and_attend(tuple(fakes[0]), tuple(fakes[1]), known, site)
+    real = backend.append_and_attend(tensors, caches, metadata, site)
     assert (fake.shape, fake.stride(), fake.dtype, fake.device.type) == (
         real.shape,
         real.stride(),

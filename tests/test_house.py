@@ -33,6 +33,7 @@ ROOMS = {
     "viz": ("any two graphs: difference, history, pictures", "errors options graph"),
     "compiler": ("runs passes, and knows none", "errors options graph metadata ops kernels trace viz"),
     "inductor": ("a graph to code, kept on disk; torch.compile", "errors options graph metadata ops kernels compiler"),
+    "extend": ("what third parties need, and nothing else", "errors graph metadata ops kernels"),
     "runtime": ("requests to steps to tokens", "errors options metadata ops"),
     "app": ("what a user starts", "errors options graph metadata ops kernels trace viz compiler inductor runtime"),
     "__main__": ("python -m autodeploy", "app"),

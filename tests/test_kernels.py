@@ -5,6 +5,7 @@ from __future__ import annotations
 import random
 import re
 from dataclasses import dataclass, replace
+from typing import Any
 
 import pytest
 import torch
@@ -17,8 +18,12 @@ from torch.utils._pytree import tree_map
 
 from autodeploy.kernels.registry import backends
 from autodeploy.metadata.span import Chunk, Span, Window
-from autodeploy.ops.kinds import attention, causal_conv1d
-from autodeploy.ops.spec import Backend, Site
+from autodeploy.ops.backend import Backend
+from autodeploy.ops.cache import PoolSizes
+from autodeploy.ops.kinds import attention, causal_conv1d, kinds
+from autodeploy.ops.kinds.attention import AttentionFacts
+from autodeploy.ops.kinds.causal_conv1d import ConvFacts
+from autodeploy.ops.site import Site
 
 NAN = float("nan")
 CPU = torch.device("cpu")
@@ -54,17 +59,17 @@ CONV_SITES = {
 }
 
 
-def attention_site(dtype: torch.dtype = torch.float32, span: Span = FULL, **params: object) -> Site:
-    defaults = {"num_heads": 6, "num_kv_heads": 2, "head_dim": 16, "value_dim": 16, "scale": 0.3, "causal": True}
-    defaults |= {"softcap": None, "has_sinks": False, "has_bias": False, "has_alibi": False}
-    return Site("attention", "layer", "any", dtype, CPU, span, params=defaults | params)
+def attention_site(dtype: torch.dtype = torch.float32, span: Span = FULL, **facts: Any) -> Site:
+    defaults = {"num_heads": 6, "num_kv_heads": 2, "head_dim": 16, "value_dim": 16, "scale": 0.3}
+    return Site("attention", "layer", "any", dtype, CPU, AttentionFacts(**defaults | facts), span)
 
 
-def conv_site(dtype: torch.dtype = torch.float32, **params: object) -> Site:
-    defaults = {"channels": 10, "kernel_size": 4, "has_bias": False, "activation": None}
-    return Site("causal_conv1d", "layer", "conv", dtype, CPU, params=defaults | params)
+def conv_site(dtype: torch.dtype = torch.float32, **facts: Any) -> Site:
+    defaults = {"channels": 10, "kernel_size": 4}
+    return Site("causal_conv1d", "layer", "conv", dtype, CPU, ConvFacts(**defaults | facts))
 
 
+KINDS = {kind.name: kind for kind in kinds()}
 SITES = {f"attention-{name}": attention_site(**options) for name, options in ATTENTION_SITES.items()}
 SITES |= {f"causal_conv1d-{name}": conv_site(**options) for name, options in CONV_SITES.items()}
 
@@ -79,64 +84,62 @@ CASES = [
 
 @dataclass(frozen=True)
 class Inputs:
-    """Per sequence, the token-wise tensors of its whole length, tokens next to last; and what is shared by all."""
+    """The tensors of a kind's node for the whole length of each sequence; those that all share are the first's."""
 
-    per_token: list[tuple[Tensor, ...]]
-    shared: tuple[Tensor | None, ...]
+    per_sequence: list[tuple[Tensor | None, ...]]
+
+    def of(self, site: Site, index: int) -> list[Tensor | None]:
+        tensors = zip(self.per_sequence[index], self.per_sequence[0], KINDS[site.kind].token_dims, strict=True)
+        return [shared if dim is None else own for own, shared, dim in tensors]
 
 
 def make_inputs(site: Site, batch: Batch) -> Inputs:
-    p, dtype = site.params, site.dtype
-    if site.kind == "attention":
-        sizes = [
-            (p["num_heads"], p["head_dim"]),
-            (p["num_kv_heads"], p["head_dim"]),
-            (p["num_kv_heads"], p["value_dim"]),
-        ]
-        sinks = torch.randn(p["num_heads"], dtype=dtype) if p["has_sinks"] else None
-        shared = (sinks, None, torch.rand(p["num_heads"]) if p["has_alibi"] else None)
-        shapes = [[(1, heads, row.seq_len, size) for heads, size in sizes] for row in batch.rows]
-    else:
-        bias = torch.randn(p["channels"], dtype=dtype) if p["has_bias"] else None
-        shared = (torch.randn(p["channels"], p["kernel_size"], dtype=dtype), bias)
-        shapes = [[(1, p["channels"], row.seq_len)] for row in batch.rows]
-    return Inputs([tuple(torch.randn(shape, dtype=dtype) for shape in row) for row in shapes], shared)
+    on_cpu = replace(site, device=CPU)
+    return Inputs([KINDS[site.kind].operands(on_cpu, row.seq_len) for row in batch.rows])
 
 
 def pack(site: Site, batch: Batch, inputs: Inputs) -> tuple[Tensor | None, ...]:
     """The step's new tokens of all sequences in one stream, with noise for padding, on the site's device."""
+    padding = KINDS[site.kind].operands(replace(site, device=CPU), batch.num_tokens - batch.total)
     packed = []
-    for tensors in zip(*inputs.per_token, strict=True):
-        parts = [t.narrow(2, row.context_len, row.query_len) for t, row in zip(tensors, batch.rows, strict=True)]
-        shape = list(tensors[0].shape)
-        shape[2] = batch.num_tokens - batch.total
-        packed.append(torch.cat([*parts, torch.randn(shape, dtype=site.dtype)], dim=2))
-    return tuple(None if tensor is None else tensor.to(site.device) for tensor in (*packed, *inputs.shared))
+    for index, dim in enumerate(KINDS[site.kind].token_dims):
+        tensor = inputs.per_sequence[0][index]
+        if dim is not None:
+            whole = zip((each[index] for each in inputs.per_sequence), batch.rows, strict=True)
+            parts = [each.narrow(dim, row.context_len, row.query_len) for each, row in whole]
+            tensor = torch.cat([*parts, padding[index]], dim=dim)
+        packed.append(None if tensor is None else tensor.to(site.device))
+    return tuple(packed)
 
 
-def canonical(site: Site, tensors: tuple[Tensor, ...], shared: tuple[Tensor | None, ...]) -> Tensor:
-    """The canonical op on one whole sequence, tokens first."""
-    p = site.params
-    if site.kind == "attention":
-        sinks, bias, slopes = shared
-        options = {"scale": p["scale"], "span": site.span.name, "softcap": p["softcap"]}
-        return attention.attention(*tensors, sinks, bias, None, slopes, **options)[0]
-    return causal_conv1d.causal_conv1d(*tensors, *shared, activation=p["activation"])[0].T
+def tokens_first(site: Site, result: Tensor) -> Tensor:
+    return result.movedim(KINDS[site.kind].result_dim, 0)
 
 
 def make_caches(backend: Backend, site: Site, batch: Batch) -> tuple[Tensor, ...]:
     """Caches in which every slot is NaN."""
-    slots = len(batch.rows) + 2
-    sizes = {"paged": (batch.num_pages, batch.page_size), "state": (slots,)}
-    specs = [((*sizes[spec.kind], *spec.shape), spec.dtype) for spec in backend.caches(site)]
+    sizes = PoolSizes((batch.num_pages,) * batch.num_groups, batch.page_size, len(batch.rows) + 2)
+    specs = [(cache.whole(sizes), cache.dtype) for cache in backend.caches(site)]
     return tuple(torch.full(shape, NAN, dtype=dtype, device=site.device) for shape, dtype in specs)
 
 
 def step(backend: Backend, site: Site, batch: Batch, inputs: Inputs, caches: tuple[Tensor, ...]) -> Tensor:
     """One call of the backend on the batch: its result with tokens first, [T, ...]."""
     metadata = backend.metadata(batch.layout().to(site.device), batch.num_tokens, site)
-    out = backend.call(pack(site, batch, inputs), caches, metadata, site)[0]
-    return out if site.kind == "attention" else out.T
+    return tokens_first(site, run_step(backend, pack(site, batch, inputs), caches, metadata, site))
+
+
+def run_step(backend: Backend, *args: Any) -> Any:
+    """One call of the backend: `append_and_attend`; what `append` and then `attend` do is the same."""
+    tensors, caches, metadata, site = args
+    same = tuple(cache.clone() if isinstance(cache, Tensor) else cache for cache in caches)
+    out = backend.append_and_attend(*args)
+    if any(isinstance(cache, Tensor) for cache in caches):
+        backend.append(tensors, same, metadata, site)
+        again = backend.attend(tensors, same, metadata, site)
+        atol, rtol = KINDS[site.kind].tolerances[backend.caches(site)[0].dtype]
+        torch.testing.assert_close(again, out, atol=atol, rtol=rtol, equal_nan=True)
+    return out
 
 
 def context_batch(batch: Batch) -> Batch:
@@ -229,15 +232,14 @@ def check(backend: Backend, site: Site, batch: Batch) -> None:
     before = [cache.clone() for cache in caches]
     out = step(backend, site, batch, inputs, caches).cpu()
     cache_dtype = backend.caches(site)[0].dtype
-    atol, rtol = {"attention": attention, "causal_conv1d": causal_conv1d}[site.kind].TOLERANCES[cache_dtype]
+    atol, rtol = KINDS[site.kind].tolerances[cache_dtype]
     start = 0
-    for row, tensors in zip(batch.rows, inputs.per_token, strict=True):
+    for index, row in enumerate(batch.rows):
         got = out[start : start + row.query_len]
         start += row.query_len
         if row.query_len:
-            torch.testing.assert_close(
-                got, canonical(site, tensors, inputs.shared)[row.context_len :], atol=atol, rtol=rtol
-            )
+            whole = tokens_first(site, KINDS[site.kind].run(tuple(inputs.of(site, index)), replace(site, device=CPU)))
+            torch.testing.assert_close(got, whole[row.context_len :], atol=atol, rtol=rtol)
     assert not out.isnan().any()
     for old, new in zip(before, caches, strict=True):
         assert_written(site, batch, old.double(), new.double(), owned)
@@ -261,7 +263,8 @@ def test_backend_compiles(backend: Backend, site: Site) -> None:
     planned, *_ = small_case(backend, site, BATCHES["mixed"])
 
     def run(tensors: tuple, layout: Tensor, caches: list[Tensor]) -> Tensor:
-        return backend.call(tensors, tuple(caches), backend.metadata(layout, tensors[0].shape[2], planned), planned)
+        metadata = backend.metadata(layout, tensors[0].shape[2], planned)
+        return backend.append_and_attend(tensors, tuple(caches), metadata, planned)
 
     compiled = torch.compile(run, fullgraph=True, dynamic=True)
     for lengths in (BATCHES["mixed"], BATCHES["chunk"]):
@@ -291,7 +294,7 @@ def test_cached_op_is_well_formed(backend: Backend, site: Site) -> None:
         values[node] = value
         return Proxy(node, tracer)
 
-    backend.call(*(tree_map(proxies, part) for part in (tensors, tuple(caches), metadata)), planned)
+    backend.append_and_attend(*(tree_map(proxies, part) for part in (tensors, tuple(caches), metadata)), planned)
     ops = [node for node in recorded.nodes if getattr(node.target, "namespace", "") == "autodeploy"]
     for node in ops:
         args, kwargs = fx.map_arg((node.args, node.kwargs), lambda arg: values[arg])
@@ -329,7 +332,7 @@ def test_backend_records_on_proxies(backend: Backend) -> None:
     layout, num_tokens, *rest = (Proxy(graph.placeholder(f"input_{i}"), tracer) for i in range(7))
     count = len(backend.caches(site))
     tensors = (*rest[: 5 - count], None, None, None) if site.kind == "attention" else (*rest[:2], None)
-    out = backend.call(tensors, tuple(rest[5 - count :]), backend.metadata(layout, num_tokens, site), site)
+    out = backend.append_and_attend(tensors, tuple(rest[5 - count :]), backend.metadata(layout, num_tokens, site), site)
     assert isinstance(out, Proxy)
     graph.output(out.node)
     graph.lint()

@@ -66,14 +66,14 @@ def test_ragged_batch_equals_transformers(model_type: str) -> None:
     assert llm.stats.num_preemptions == 0
 
 
-@pytest.mark.parametrize("model_type", ["gemma3_text", "lfm2"])
+@pytest.mark.parametrize("model_type", ["gemma3_text", "lfm2", "llama4_text"])
 def test_preempted_equals_transformers(model_type: str) -> None:
     llm = ad.LLM(tiny(model_type), compile=False, num_pages=SMALL_POOL, **SIZES)
     check(model_type, llm.generate(PROMPTS, GREEDY))
     assert llm.stats.num_preemptions > 0
 
 
-@pytest.mark.parametrize("model_type", ["gemma3_text", "lfm2"])
+@pytest.mark.parametrize("model_type", ["gemma3_text", "lfm2", "gemma4_text"])
 def test_compiled_equals_transformers(model_type: str, cache_dir: Path) -> None:
     """Once compiled, no batch compiles anything again, whatever its size."""
     llm = ad.LLM(tiny(model_type), **SIZES)

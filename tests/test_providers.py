@@ -35,7 +35,8 @@ from autodeploy.kernels.causal_conv1d_package import PackageCausalConv1d
 from autodeploy.kernels.flashinfer import FlashInferAttention
 from autodeploy.kernels.varlen import VarlenAttention
 from autodeploy.metadata.span import Span, Window
-from autodeploy.ops.spec import Backend, Site
+from autodeploy.ops.backend import Backend
+from autodeploy.ops.site import Site
 
 PLAIN = replace(attention_site(dtype=torch.bfloat16), page_size=256, num_groups=1)
 
@@ -47,7 +48,7 @@ def triton_on_cpu() -> Any:
 
 
 def changed(site: Site, **params: object) -> Site:
-    return replace(site, params=site.params | params)
+    return replace(site, facts=replace(site.facts, **params))
 
 
 @pytest.mark.parametrize(
@@ -85,7 +86,7 @@ def call(backend: Backend, site: Site, lengths: list[tuple[int, int]], padding_t
     batch = not_a_decode_step(make_batch(lengths, padding_tokens=padding_tokens))
     site = replace(site, page_size=batch.page_size)
     tensors = pack(site, batch, make_inputs(site, batch))
-    return backend.call(
+    return backend.append_and_attend(
         tensors, make_caches(backend, site, batch), backend.metadata(batch.layout(), batch.num_tokens, site), site
     )
 

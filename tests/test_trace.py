@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tiny_models import HEAD_DIM, MODEL_TYPES, WINDOW, tiny, tokens
 from torch import fx, nn
-from transformers import AutoConfig, AutoModelForCausalLM, BloomConfig, PreTrainedModel, masking_utils
+from transformers import AutoModelForCausalLM, BloomConfig, PreTrainedModel, masking_utils
 from transformers.masking_utils import (
     ALL_MASK_ATTENTION_FUNCTIONS,
     bidirectional_mask_function,
@@ -54,6 +54,8 @@ EXPECTED: dict[str, list[dict[str, Any] | None]] = {
     "gpt2": [_SCALE] * 4,
     "mixtral": [_SCALE] * 4,
     "lfm2": [None, _SCALE] * 2,
+    "llama4_text": [_SCALE | {"span": f"chunk_{WINDOW}"}] * 3 + [_SCALE],
+    "gemma4_text": [{"scale": 1.0} | _WINDOW, {"scale": 1.0}] * 2,
 }
 
 
@@ -178,15 +180,6 @@ def test_what_is_not_a_causal_language_model_is_refused() -> None:
 def test_model_outside_the_attention_interface_lists_near_misses() -> None:
     config = BloomConfig(vocab_size=32, hidden_size=16, n_layer=1, n_head=2)
     with pytest.raises(NoAttentionFound, match=r"baddbmm.*transformer\.h\.0\.self_attention"):
-        trace(AutoModelForCausalLM.from_config(config))
-
-
-def test_chunked_attention_is_refused_by_name() -> None:
-    config = AutoConfig.for_model(
-        "llama4_text", vocab_size=32, hidden_size=16, intermediate_size=16, intermediate_size_mlp=16, head_dim=8,
-        num_hidden_layers=1, num_attention_heads=2, num_key_value_heads=2, num_local_experts=2, pad_token_id=0,
-    )  # fmt: skip
-    with pytest.raises(UnsupportedFeature, match=r"chunked_overlay(.|\n)*model\.layers\.0\.self_attn"):
         trace(AutoModelForCausalLM.from_config(config))
 
 

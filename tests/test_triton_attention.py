@@ -16,7 +16,7 @@ from test_kernels import ATTENTION_SITES, BATCHES, Inputs, attention_site, check
 from autodeploy.kernels import triton_blocks, triton_decode
 from autodeploy.kernels.triton_attention import BACKENDS, TritonAttention
 from autodeploy.metadata.span import Chunk, Window
-from autodeploy.ops.spec import Site
+from autodeploy.ops.site import Site
 
 TRITON, TRITON_FP8 = BACKENDS
 CPU = torch.device("cpu")
@@ -135,9 +135,9 @@ def test_any_memory_layout(name: str, relayout, triton_device: torch.device) -> 
     site, batch, tensors, caches = small_case(TRITON, attention_site(device=triton_device), BATCHES[name])
     same = [cache.clone() for cache in caches]
     metadata = TRITON.metadata(batch.layout().to(triton_device), batch.num_tokens, site)
-    expected = TRITON.call(tensors, tuple(caches), metadata, site)
+    expected = TRITON.append_and_attend(tensors, tuple(caches), metadata, site)
     relaid = tuple(relayout(tensor) for tensor in tensors[:3])
-    assert torch.equal(TRITON.call((*relaid, *tensors[3:]), tuple(same), metadata, site), expected)
+    assert torch.equal(TRITON.append_and_attend((*relaid, *tensors[3:]), tuple(same), metadata, site), expected)
     for one, other in zip(caches, same, strict=True):
         assert torch.equal(one, other)
 

@@ -13,7 +13,7 @@ from ragged import Batch, make_batch
 from test_kernels import BATCHES, check, conv_site, make_caches, make_inputs, pack
 
 from autodeploy.kernels.triton_conv1d import TritonCausalConv1d
-from autodeploy.ops.spec import Site
+from autodeploy.ops.site import Site
 
 BACKEND = TritonCausalConv1d()
 SITES = {
@@ -72,7 +72,7 @@ def test_strides_do_not_matter(lengths: list[tuple[int, int]], triton_device: to
     results = []
     for view in (hidden, wide[:, hidden.shape[1] :]):
         caches = tuple(torch.ones_like(cache) for cache in make_caches(BACKEND, site, batch))
-        results.append((BACKEND.call((view, *shared), caches, metadata, site), *caches))
+        results.append((BACKEND.append_and_attend((view, *shared), caches, metadata, site), *caches))
     torch.testing.assert_close(results[0], results[1], rtol=0, atol=0)
 
 

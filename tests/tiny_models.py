@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
-FULL, SLIDING, CONV = "full_attention", "sliding_attention", "conv"
+FULL, SLIDING, CHUNKED, CONV = "full_attention", "sliding_attention", "chunked_attention", "conv"
 WINDOW = 8
 VOCAB_SIZE = 128
 HEAD_DIM = 16
@@ -28,6 +28,9 @@ _COMMON: dict[str, Any] = {
 _GATED: dict[str, Any] = {"intermediate_size": 96, "num_key_value_heads": 2}
 _HEADS: dict[str, Any] = {"head_dim": HEAD_DIM}
 _EXPERTS: dict[str, Any] = {"num_local_experts": 4, "num_experts_per_tok": 2}
+_CHUNKED: dict[str, Any] = {"intermediate_size_mlp": 96, "num_local_experts": 2, "num_experts_per_tok": 1}
+_CHUNKED |= {"attention_chunk_size": WINDOW, "floor_scale": 4, "interleave_moe_layer_step": 2}
+_PER_LAYER = {"hidden_size_per_layer_input": 16, "vocab_size_per_layer_input": VOCAB_SIZE, "global_head_dim": HEAD_DIM}
 _YARN = {"rope_type": "yarn", "rope_theta": 150000.0, "factor": 32.0, "original_max_position_embeddings": 16}
 
 _CONFIGS: dict[str, dict[str, Any]] = {
@@ -43,12 +46,17 @@ _CONFIGS: dict[str, dict[str, Any]] = {
     "gpt2": {},
     "mixtral": _GATED | _EXPERTS,
     "lfm2": _GATED | {"block_auto_adjust_ff_dim": False},
+    "llama4_text": _GATED | _HEADS | _CHUNKED,
+    # The last two layers read the keys and values of the first two.
+    "gemma4_text": _GATED | _HEADS | {"sliding_window": WINDOW, "num_kv_shared_layers": 2, **_PER_LAYER},
 }
 _LAYER_CYCLES = {
     "gemma2": (SLIDING, FULL),
     "gemma3_text": (SLIDING, SLIDING, SLIDING, FULL),
     "gpt_oss": (SLIDING, FULL),
     "lfm2": (CONV, FULL),
+    "llama4_text": (CHUNKED, CHUNKED, CHUNKED, FULL),
+    "gemma4_text": (SLIDING, FULL),
 }
 MODEL_TYPES = tuple(_CONFIGS)
 

@@ -67,6 +67,7 @@ def _parser() -> argparse.ArgumentParser:
     for name, meaning in {
         "passes": "the passes in their order",
         "fields": "the metadata that can be derived from a batch's layout",
+        "kinds": "the sorts of attention node that are known",
         "backends": "the implementations of each kind of attention node",
         "doctor": "versions, devices, and which backends work here",
     }.items():
@@ -208,6 +209,7 @@ def _list(args: argparse.Namespace) -> None:
     listings = {
         "passes": doctor.pass_lines,
         "fields": doctor.field_lines,
+        "kinds": doctor.kind_lines,
         "backends": doctor.backend_lines,
         "doctor": doctor.doctor_lines,
     }

@@ -15,25 +15,9 @@ from autodeploy import options
 from autodeploy.compiler.own_passes import own_passes
 from autodeploy.kernels.registry import backends, catalogue
 from autodeploy.ops.kinds import kinds
-from autodeploy.ops.spec import Site
+from autodeploy.ops.site import Site
 
 _DISTRIBUTIONS = ("autodeploy-fx", "torch", "transformers", "triton", "flashinfer-python", "causal-conv1d", "gguf")
-# What one plain layer asks of each kind; enough for a backend to say whether it runs on this machine at all.
-_PLAIN_LAYER: dict[str, dict[str, Any]] = {
-    "attention": {
-        "num_heads": 4,
-        "num_kv_heads": 2,
-        "head_dim": 64,
-        "value_dim": 64,
-        "scale": 0.125,
-        "causal": True,
-        "softcap": None,
-        "has_sinks": False,
-        "has_bias": False,
-        "has_alibi": False,
-    },
-    "causal_conv1d": {"channels": 64, "kernel_size": 4, "has_bias": False, "activation": "silu"},
-}
 
 
 def pass_lines() -> list[str]:
@@ -46,6 +30,12 @@ def field_lines() -> list[str]:
     backends()  # loads the kernels, which register fields of their own
     rows = [(field.name, field.shape, field.depends or "-", field.meaning) for field in catalogue()]
     return _table([("name", "shape", "depends", "meaning"), *rows])
+
+
+def kind_lines() -> list[str]:
+    """Every kind of attention node: name, the layer types that choose its backend, meaning."""
+    rows = [(kind.name, ", ".join(kind.layer_types), kind.meaning) for kind in kinds()]
+    return _table([("name", "layer types", "meaning"), *rows])
 
 
 def backend_lines() -> list[str]:
@@ -70,7 +60,7 @@ def doctor_lines() -> list[str]:
         for kind in kinds():
             # What a model is served in: half precision on a GPU.
             dtype = torch.float32 if device.type == "cpu" else torch.bfloat16
-            lines += _backend_states(kind.name, device, dtype)
+            lines += _backend_states(kind.example(dtype, device))
     return lines
 
 
@@ -78,11 +68,10 @@ def _backends_of(kind: str) -> list[Any]:
     return [backend for backend in backends() if backend.kind == kind]
 
 
-def _backend_states(kind: str, device: torch.device, dtype: torch.dtype) -> list[str]:
-    """A heading, and a line for each backend that says whether it runs a plain layer, or why not."""
-    site = Site(kind, "plain layer", "plain layer", dtype, device, page_size=16, params=_PLAIN_LAYER[kind])
-    states = [(f"  {backend.name}", backend.why_not(site) or "works") for backend in _backends_of(kind)]
-    heading = f"{kind} in {dtype} on {device}".replace("torch.", "")
+def _backend_states(site: Site[Any]) -> list[str]:
+    """A heading, and a line for each backend that says whether it runs the plain layer `site`, or why not."""
+    states = [(f"  {backend.name}", backend.why_not(site) or "works") for backend in _backends_of(site.kind)]
+    heading = f"{site.kind} in {site.dtype} on {site.device}".replace("torch.", "")
     return [heading, *_table(states or [("  (none)", "")])]
 
 

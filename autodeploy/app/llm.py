@@ -22,7 +22,7 @@ from autodeploy.graph.edit import Pass
 from autodeploy.inductor.lower import Lowered, lower
 from autodeploy.inductor.step_cache import load_or_make
 from autodeploy.metadata.layout import LayoutSpec
-from autodeploy.ops.spec import CacheSpec
+from autodeploy.ops.cache import Cache
 from autodeploy.options import flag, integer
 from autodeploy.runtime.caches import default_num_pages, free_memory
 from autodeploy.runtime.engine import Engine
@@ -255,7 +255,7 @@ class _Plan(NamedTuple):
 
     step: Callable[..., Tensor]
     layout_spec: LayoutSpec
-    cache_specs: tuple[CacheSpec, ...]
+    cache_specs: tuple[Cache, ...]
     report: Report
 
 
@@ -288,7 +288,7 @@ def _model_len(model: PreTrainedModel, wanted: int | None) -> int:
 def _eos_token_ids(model: PreTrainedModel, tokenizer: Any) -> set[int]:
     """The tokens that end an answer: those of the generation config, else of the model's, and the tokenizer's."""
     found: set[int] = set()
-    for source in (model.generation_config, model.config.get_text_config(), tokenizer):
+    for source in (getattr(model, "generation_config", None), model.config.get_text_config(), tokenizer):
         ids = getattr(source, "eos_token_id", None)
         found |= set(ids if isinstance(ids, list) else [ids] if ids is not None else [])
     return found

@@ -20,7 +20,7 @@ from autodeploy.graph.edit import Pass, copy_module
 from autodeploy.graph.meta import CACHE_SPECS, LAYOUT_SPEC, TRACE_SECONDS
 from autodeploy.kernels.registry import check_backend_choice
 from autodeploy.metadata.layout import LayoutSpec
-from autodeploy.ops.spec import CacheSpec
+from autodeploy.ops.cache import Cache
 from autodeploy.viz import GraphDiff, Recorder, Snapshot, Trace
 
 
@@ -35,7 +35,7 @@ class Result:
     module: fx.GraphModule
     report: Report
     layout_spec: LayoutSpec | None
-    cache_specs: tuple[CacheSpec, ...]
+    cache_specs: tuple[Cache, ...]
     trace: Trace | None = None
 
 

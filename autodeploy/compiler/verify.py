@@ -21,8 +21,8 @@ from autodeploy.graph.edit import Pass, get_attribute, placeholder, placeholders
 from autodeploy.graph.meta import CACHE_SPECS, LAYOUT_SPEC
 from autodeploy.metadata.layout import LayoutSpec
 from autodeploy.metadata.nest import nest_sequences
+from autodeploy.ops.cache import PoolSizes
 from autodeploy.ops.kinds import kind_of
-from autodeploy.ops.spec import CacheSpec
 
 # How far apart a pass that may round can leave the logits of a token, as a share of their root mean square:
 # SUMMING for float32 sums in another order, of thousands of terms; and where results are kept in fewer bits, the error
@@ -144,17 +144,13 @@ def _run_packed(
 def _run_cached(gm: fx.GraphModule, batch: Sequence[tuple[int, int]], tokens: list[Tensor]) -> Tensor:
     spec: LayoutSpec = LAYOUT_SPEC.of(gm)
     device = _embedding(gm).device
-    caches = [_allocate(cache, spec.page_size, device) for cache in CACHE_SPECS.of(gm)]
+    sizes = PoolSizes((_NUM_PAGES,) * spec.num_groups, spec.page_size, _NUM_STATES)
+    caches = [torch.zeros(cache.whole(sizes), dtype=cache.dtype, device=device) for cache in CACHE_SPECS.of(gm)]
     first = [sequence[: chunks[0]].numpy() for sequence, chunks in zip(tokens, batch, strict=True)]
     rest = [sequence[chunks[0] :].numpy() for sequence, chunks in zip(tokens, batch, strict=True)]
     _run_packed(gm, first, [0] * len(batch), spec, caches)
     logits = _run_packed(gm, rest, [chunks[0] for chunks in batch], spec, caches)
     return _last_rows(logits, [torch.as_tensor(chunk) for chunk in rest])
-
-
-def _allocate(cache: CacheSpec, page_size: int, device: torch.device) -> Tensor:
-    outer = (_NUM_PAGES, page_size) if cache.kind == "paged" else (_NUM_STATES,)
-    return torch.zeros(*outer, *cache.shape, dtype=cache.dtype, device=device)
 
 
 def _last_rows(logits: Tensor, tokens: Sequence[Tensor]) -> Tensor:

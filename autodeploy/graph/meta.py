@@ -75,7 +75,7 @@ NUM_POSITIONS = Key[int]("autodeploy_num_positions")
 TRACE_SECONDS = Key[float]("autodeploy_trace_seconds")
 # Of a graph: names of the tensors whose values decided what it became.
 LOOKED_AT = Key[frozenset[str]]("autodeploy_looked_at")
-# Of a graph with caches: its LayoutSpec, and its CacheSpecs in the order of its inputs.
+# Of a graph with caches: its LayoutSpec, and its caches in the order of its inputs.
 LAYOUT_SPEC = Key[Any]("autodeploy_layout_spec")
 CACHE_SPECS = Key[tuple[Any, ...]]("autodeploy_cache_specs")
 

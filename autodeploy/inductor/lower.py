@@ -35,7 +35,7 @@ from autodeploy.inductor.kernel_files import pack, unpack
 from autodeploy.inductor.machine import machine_key
 from autodeploy.metadata.layout import NUM_FIXED_COLUMNS, LayoutSpec
 from autodeploy.metadata.span import span_of
-from autodeploy.ops.spec import CacheSpec
+from autodeploy.ops.cache import Cache, Paged, State
 
 
 @dataclass(frozen=True)
@@ -51,7 +51,7 @@ class Lowered:
     constants: dict[str, Tensor]
     looked_at: dict[str, str]
     layout_spec: LayoutSpec
-    cache_specs: tuple[CacheSpec, ...]
+    cache_specs: tuple[Cache, ...]
     report: Report
 
     def bind(self, model: nn.Module) -> Callable[..., Tensor]:
@@ -77,7 +77,8 @@ class Lowered:
             "looked_at": self.looked_at,
             "layout_spec": asdict(self.layout_spec) | {"spans": [span.name for span in self.layout_spec.spans]},
             "cache_specs": [
-                {**asdict(spec), "dtype": str(spec.dtype).removeprefix("torch.")} for spec in self.cache_specs
+                {**asdict(spec), "dtype": str(spec.dtype).removeprefix("torch."), "sort": type(spec).__name__}
+                for spec in self.cache_specs
             ],
             "report": self.report.to_json(),
         }
@@ -105,17 +106,18 @@ class Lowered:
                 constants=torch.load(io.BytesIO(archive.read("constants.pt")), weights_only=True),
                 looked_at=meta["looked_at"],
                 layout_spec=LayoutSpec(**{**spec, "spans": tuple(map(span_of, spec["spans"]))}),
-                cache_specs=tuple(_cache_spec(part) for part in meta["cache_specs"]),
+                cache_specs=tuple(_cache(part) for part in meta["cache_specs"]),
                 report=Report.from_json(meta["report"]),
             )
 
 
-def _cache_spec(data: dict[str, Any]) -> CacheSpec:
-    return CacheSpec(**{**data, "shape": tuple(data["shape"]), "dtype": getattr(torch, data["dtype"])})
+def _cache(data: dict[str, Any]) -> Cache:
+    sort = {each.__name__: each for each in (Paged, State)}[data.pop("sort")]
+    return sort(**{**data, "shape": tuple(data["shape"]), "dtype": getattr(torch, data["dtype"])})
 
 
 def lower(
-    gm: fx.GraphModule, model: nn.Module, layout_spec: LayoutSpec, cache_specs: Sequence[CacheSpec], report: Report
+    gm: fx.GraphModule, model: nn.Module, layout_spec: LayoutSpec, cache_specs: Sequence[Cache], report: Report
 ) -> Lowered:
     """Compile `gm`, made by the passes from a trace of `model`, with Inductor. Leaves `gm` as it is."""
     lifted, attributes = lift_attributes(copy_module(gm))

@@ -15,9 +15,10 @@ import torch
 from torch import Tensor
 
 from autodeploy.kernels import conv1d_fields, torch_fields
-from autodeploy.kernels.reference import conv_state_cache
 from autodeploy.metadata import fields
-from autodeploy.ops.spec import Backend, CacheSpec, Site
+from autodeploy.ops.backend import Backend
+from autodeploy.ops.kinds.causal_conv1d import CachedConv1d
+from autodeploy.ops.site import Site
 
 _DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 _MAX_TAPS = 4
@@ -72,9 +73,8 @@ def _(hidden, *_, **__):
     return hidden.new_empty(1, hidden.shape[2], hidden.shape[1]).transpose(1, 2)
 
 
-class PackageCausalConv1d(Backend):
+class PackageCausalConv1d(CachedConv1d):
     name = "causal_conv1d"
-    kind = "causal_conv1d"
     meaning = "the package causal-conv1d"
 
     def why_not(self, site: Site) -> str | None:
@@ -84,14 +84,11 @@ class PackageCausalConv1d(Backend):
             return "causal-conv1d is not installed: pip install causal-conv1d"
         if site.dtype not in _DTYPES:
             return f"{site.dtype} is not among float16, bfloat16 and float32".replace("torch.", "")
-        taps = site.params["kernel_size"]
+        taps = site.facts.kernel_size
         return None if 2 <= taps <= _MAX_TAPS else f"{taps} taps are not among 2 to {_MAX_TAPS}"
 
-    def caches(self, site: Site) -> tuple[CacheSpec, ...]:
-        return (conv_state_cache(site),)
-
     def metadata(self, layout: Tensor, num_tokens: int, site: Site) -> dict[str, Tensor]:
-        taps = site.params["kernel_size"]
+        taps = site.facts.kernel_size
         return {
             "state_slots": fields.state_slots(layout),
             "updated_slots": conv1d_fields.updated_slots(layout),
@@ -101,11 +98,11 @@ class PackageCausalConv1d(Backend):
             "state_indices": torch_fields.conv_state_indices(layout, num_tokens, taps),
         }
 
-    def call(
+    def attend(
         self, tensors: tuple[Any, ...], caches: tuple[Tensor, ...], metadata: dict[str, Tensor], site: Site
     ) -> Tensor:
         return torch.ops.autodeploy.package_causal_conv1d.default(
-            *tensors, *caches, **metadata, activation=site.params["activation"]
+            *tensors, *caches, **metadata, activation=site.facts.activation
         )
 
 

@@ -18,10 +18,11 @@ from torch import Tensor
 
 from autodeploy.errors import UnsupportedFeature
 from autodeploy.kernels import flashinfer_fields, support
-from autodeploy.kernels.paged import PagedAttention
 from autodeploy.metadata import fields
 from autodeploy.metadata.span import Chunk, span_of
-from autodeploy.ops.spec import Backend, Site
+from autodeploy.ops.backend import Backend
+from autodeploy.ops.kinds.attention import PagedAttention
+from autodeploy.ops.site import Site
 
 # The wrappers' module-level functions, which take a plan as an argument, have the same parameters in these versions.
 _FIRST_VERSION, _FIRST_UNKNOWN = (0, 6, 9), (0, 7, 0)
@@ -59,10 +60,9 @@ _library.define(
     tags=(torch.Tag.pt2_compliant_tag,),
 )
 _library.define(
-    "flashinfer_paged_attention(Tensor query, Tensor key, Tensor value, Tensor? sinks, Tensor(a!) key_cache,"
-    " Tensor(b!) value_cache, Tensor slot_mapping, Tensor cu_seqlens_q, Tensor page_indptr, Tensor page_indices,"
-    " Tensor last_page_len, Tensor schedule, Tensor tables, *, float scale, str span='full', float? softcap=None)"
-    " -> Tensor",
+    "flashinfer_paged_attention(Tensor query, Tensor key_cache, Tensor value_cache, Tensor cu_seqlens_q,"
+    " Tensor page_indptr, Tensor page_indices, Tensor last_page_len, Tensor schedule, Tensor tables, *, float scale,"
+    " str span='full', float? softcap=None) -> Tensor",
     tags=(torch.Tag.pt2_compliant_tag,),
 )
 
@@ -131,12 +131,8 @@ def _(cu_seqlens_q, *_, **__):
 @torch.library.impl(_library, "flashinfer_paged_attention", "CompositeExplicitAutograd")
 def _paged_attention(
     query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    sinks: Tensor | None,
     key_cache: Tensor,
     value_cache: Tensor,
-    slot_mapping: Tensor,
     cu_seqlens_q: Tensor,
     page_indptr: Tensor,
     page_indices: Tensor,
@@ -148,17 +144,13 @@ def _paged_attention(
     span: str = "full",
     softcap: float | None = None,
 ) -> Tensor:
-    """Write the new keys and values, then attend to the pages in place, as planned.
+    """Attend to the pages in place, as planned, with new keys and values cached.
 
-    query [1, H, T, D], key and value [1, K, T, D], caches [pages, p, K, D] -> [1, T, H, D], zeros for padding tokens.
-    The int tensors are fields and a plan. `sinks` is None: `why_not` refuses them.
+    query [1, H, T, D], caches [pages, p, K, D] -> [1, T, H, D], zeros for padding tokens. The int tensors are fields
+    and a plan.
     """
-    from autodeploy.kernels.triton_append import append
-
-    assert sinks is None
     _, num_heads, num_tokens, head_dim = query.shape
-    out_THD = torch.empty((num_tokens, num_heads, head_dim), dtype=query.dtype, device=query.device)
-    append(key[0], value[0], key_cache, value_cache, out_THD, slot_mapping, cu_seqlens_q)
+    out_THD = torch.zeros((num_tokens, num_heads, head_dim), dtype=query.dtype, device=query.device)
     num_rows = last_page_len.shape[0]
     module, _ = _module(num_tokens, num_rows, head_dim, query.dtype, span, softcap is not None)
     count, *numbers = schedule.tolist()
@@ -194,27 +186,26 @@ def _(query, *_, **__):
 class FlashInferAttention(PagedAttention):
     name = "flashinfer"
     meaning = "FlashInfer's paged kernels; plans on the host, so not in CUDA graphs"
-    op = torch.ops.autodeploy.flashinfer_paged_attention.default
 
     def why_not(self, site: Site) -> str | None:
         refused = super().why_not(site) or support.why_not(site.device) or _why_not_installed()
         if refused is not None:
             return refused
-        p = site.params
+        f = site.facts
         if site.dtype not in (torch.float16, torch.bfloat16):
             return f"{site.dtype} is neither float16 nor bfloat16".replace("torch.", "")
         if isinstance(site.span, Chunk):
             return "chunks are not supported"
-        if p["has_sinks"]:
+        if f.has_sinks:
             return "sinks are not supported"
-        if p["has_alibi"]:
+        if f.has_alibi:
             return "ALiBi is not supported"
-        if p["head_dim"] != p["value_dim"] or p["head_dim"] not in _HEAD_DIMS:
-            return f"heads of {p['head_dim']} and {p['value_dim']} are not both one of 64, 128 and 256"
+        if f.head_dim != f.value_dim or f.head_dim not in _HEAD_DIMS:
+            return f"heads of {f.head_dim} and {f.value_dim} are not both one of 64, 128 and 256"
         return None
 
     def metadata(self, layout: Tensor, num_tokens: int, site: Site) -> dict[str, Tensor]:
-        p, pages = site.params, (site.group, site.num_groups, site.page_size)
+        f, pages = site.facts, (site.group, site.num_groups, site.page_size)
         # A tile may begin before the window, where pages that were given back hold anything.
         if site.span.longest is None:
             page_indptr = fields.kv_page_indptr(layout, site.page_size)
@@ -227,10 +218,10 @@ class FlashInferAttention(PagedAttention):
             "page_indptr": page_indptr,
             "last_page_len": fields.last_page_len(layout, site.page_size),
         }
-        key = {name: p[name] for name in ("num_heads", "num_kv_heads", "head_dim")}
+        key = {name: getattr(f, name) for name in ("num_heads", "num_kv_heads", "head_dim")}
         key |= {"page_size": site.page_size, "dtype": site.dtype, "span": site.span.name}
         plan = torch.ops.autodeploy.flashinfer_plan.default(
-            *lengths.values(), num_tokens, **key, has_softcap=p["softcap"] is not None
+            *lengths.values(), num_tokens, **key, has_softcap=f.softcap is not None
         )
         return lengths | {
             "slot_mapping": fields.slot_mapping(layout, num_tokens, *pages),
@@ -238,6 +229,21 @@ class FlashInferAttention(PagedAttention):
             "schedule": plan[0],
             "tables": plan[1],
         }
+
+    def append(
+        self, tensors: tuple[Any, ...], caches: tuple[Tensor, ...], metadata: dict[str, Tensor], site: Site
+    ) -> None:
+        from autodeploy.kernels.triton_append import append_op
+
+        append_op(*tensors[1:3], *caches, metadata["slot_mapping"], metadata["cu_seqlens_q"])
+
+    def attend(
+        self, tensors: tuple[Any, ...], caches: tuple[Tensor, ...], metadata: dict[str, Tensor], site: Site
+    ) -> Tensor:
+        names = ("cu_seqlens_q", "page_indptr", "page_indices", "last_page_len", "schedule", "tables")
+        return torch.ops.autodeploy.flashinfer_paged_attention.default(
+            tensors[0], *caches, *(metadata[name] for name in names), **self.scoring(tensors, site)
+        )
 
 
 def _why_not_installed() -> str | None:

@@ -18,10 +18,11 @@ from autodeploy.errors import OptionError, UnknownName, UnsupportedFeature
 from autodeploy.kernels.support import why_not as triton_why_not
 from autodeploy.metadata.field import Field, FieldLauncher, registered
 from autodeploy.ops import linear
+from autodeploy.ops.backend import Backend
 from autodeploy.ops.kinds import kinds
-from autodeploy.ops.spec import Backend, Site
+from autodeploy.ops.site import Site
 
-# In the order in which "auto" prefers them, the oracle last; each module defines BACKENDS.
+# In the order in which "auto" prefers them, the oracles of the kinds last; each module defines BACKENDS.
 _BACKEND_MODULES = (
     "triton_attention",
     "triton_conv1d",
@@ -30,7 +31,6 @@ _BACKEND_MODULES = (
     "causal_conv1d_package",
     "sdpa",
     "torch_conv1d",
-    "reference",
 )
 # Linear layers in this order, too; each module defines PROVIDERS.
 _LINEAR_MODULES = ("triton_linear", "transposed_linear")
@@ -64,8 +64,8 @@ def _of_module(module: str, name: str) -> Any:
 
 
 def backends() -> tuple[Backend, ...]:
-    """All backends: those registered by hand, then ours in order of preference, then those of entry points."""
-    return (*_added.values(), *_installed())
+    """All backends: those registered by hand, then ours in order of preference, those of entry points, the oracles."""
+    return (*_added.values(), *_installed(), *(kind.reference for kind in kinds()))
 
 
 @cache

@@ -10,17 +10,18 @@ D key size, E value size, p page size, L gathered positions, Q query rows of one
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
 from autodeploy.kernels import torch_fields
-from autodeploy.kernels.paged import PagedAttention
 from autodeploy.metadata import fields
 from autodeploy.metadata.span import Span, span_of
-from autodeploy.ops.spec import Backend, Site
+from autodeploy.ops.backend import Backend
+from autodeploy.ops.kinds.attention import PagedAttention
+from autodeploy.ops.site import Site
 
 # Keys and values that are gathered at once. Between 1 and 16 MiB the speed is the same; above 32 MiB glibc maps fresh
 # memory for each gather, whose page faults cost more than the copy.
@@ -43,23 +44,35 @@ class Scoring(NamedTuple):
 # Defined by hand: a call of a `torch.library.custom_op` that mutates costs some 70 us on a CPU, this one 6.
 _library = torch.library.Library("autodeploy", "FRAGMENT")
 _library.define(
-    "sdpa_paged_attention(Tensor query, Tensor key, Tensor value, Tensor? sinks, Tensor(a!) key_cache,"
-    " Tensor(b!) value_cache, Tensor head_slots, Tensor block_table, Tensor seq_lens, Tensor cu_seqlens_q,"
-    " Tensor decode_pages, Tensor decode_mask, Tensor? alibi_slopes=None, *, float scale, str span='full',"
-    " float? softcap=None) -> Tensor",
+    "sdpa_append(Tensor key, Tensor value, Tensor(a!) key_cache, Tensor(b!) value_cache, Tensor head_slots) -> ()",
+    tags=(torch.Tag.pt2_compliant_tag,),
+)
+_library.define(
+    "sdpa_paged_attention(Tensor query, Tensor? sinks, Tensor key_cache, Tensor value_cache, Tensor block_table,"
+    " Tensor seq_lens, Tensor cu_seqlens_q, Tensor decode_pages, Tensor decode_mask, Tensor? alibi_slopes=None, *,"
+    " float scale, str span='full', float? softcap=None) -> Tensor",
     tags=(torch.Tag.pt2_compliant_tag, torch.Tag.flexible_layout),
 )
+
+
+@torch.library.impl(_library, "sdpa_append", "CompositeExplicitAutograd")
+def _append(key: Tensor, value: Tensor, key_cache: Tensor, value_cache: Tensor, head_slots: Tensor) -> None:
+    """Write new keys and values [1, K, T, D or E] to their places of the caches [N, p, K, D or E], in pages [K, p]."""
+    for new, cache in ((key, key_cache), (value, value_cache)):
+        cache.view(-1, cache.shape[-1]).index_put_((head_slots,), new[0].transpose(0, 1))
+
+
+@torch.library.register_fake("autodeploy::sdpa_append", lib=_library)
+def _(*_: Tensor) -> None:
+    return None
 
 
 @torch.library.impl(_library, "sdpa_paged_attention", "CompositeExplicitAutograd")
 def _paged_attention(
     query: Tensor,
-    key: Tensor,
-    value: Tensor,
     sinks: Tensor | None,
     key_cache: Tensor,
     value_cache: Tensor,
-    head_slots: Tensor,
     block_table: Tensor,
     seq_lens: Tensor,
     cu_seqlens_q: Tensor,
@@ -71,21 +84,18 @@ def _paged_attention(
     span: str = "full",
     softcap: float | None = None,
 ) -> Tensor:
-    """Write the new keys and values, then attend: runs of one-token rows together, longer rows one by one.
+    """Attend, with new keys and values cached: runs of one-token rows together, longer rows one by one.
 
-    query [1, H, T, D], key [1, K, T, D], value [1, K, T, E], sinks and slopes [H], caches [N, p, K, D or E] (each page
-    used as [K, p, D or E]) -> [1, T, H, E], zeros for padding tokens. The int and bool tensors are fields.
+    query [1, H, T, D], sinks and slopes [H], caches [N, p, K, D or E] (each page used as [K, p, D or E])
+    -> [1, T, H, E], zeros for padding tokens. The int and bool tensors are fields.
     """
     num_pages, page_size, num_kv_heads, _ = key_cache.shape
     caches = tuple(cache.view(num_pages * num_kv_heads, page_size, -1) for cache in (key_cache, value_cache))
-    for cache, new in zip(caches, (key, value), strict=True):
-        cache.flatten(0, 1).index_put_((head_slots,), new[0].transpose(0, 1))
-    scoring = Scoring(scale, softcap, sinks, alibi_slopes)
-    out_THE = query.new_zeros(query.shape[2], query.shape[1], value.shape[3])
+    scoring, seen_by = Scoring(scale, softcap, sinks, alibi_slopes), span_of(span)
+    out_THE = query.new_zeros(query.shape[2], query.shape[1], value_cache.shape[3])
     query_THD = query[0].transpose(0, 1)
     lens, starts = seq_lens.tolist(), cu_seqlens_q.tolist()
     page_bytes = (key_cache.nbytes + value_cache.nbytes) // num_pages
-    seen_by = span_of(span)
     counts = [_pages_seen(seq_len, page_size, seen_by) for seq_len in lens]
     for first, last in _runs(starts, counts, _GATHER_BYTES // page_bytes):
         tokens, width = slice(starts[first], starts[last]), max(counts[first:last])
@@ -100,8 +110,8 @@ def _paged_attention(
 
 
 @torch.library.register_fake("autodeploy::sdpa_paged_attention", lib=_library)
-def _(query, key, value, *_, **__):
-    return query.new_empty(1, query.shape[2], query.shape[1], value.shape[3])
+def _(query, sinks, key_cache, value_cache, *_, **__):
+    return query.new_empty(1, query.shape[2], query.shape[1], value_cache.shape[3])
 
 
 def _pages_seen(seq_len: int, page_size: int, span: Span) -> int:
@@ -202,7 +212,6 @@ def _attend(query_BHQD: Tensor, keys_BKLD: Tensor, values_BKLE: Tensor, mask: Te
 class SdpaAttention(PagedAttention):
     name = "sdpa"
     meaning = "gathers pages and calls torch's fused attention; for CPUs"
-    op = torch.ops.autodeploy.sdpa_paged_attention.default
 
     def why_not(self, site: Site) -> str | None:
         if site.device.type != "cpu":
@@ -210,7 +219,7 @@ class SdpaAttention(PagedAttention):
         return super().why_not(site)
 
     def metadata(self, layout: Tensor, num_tokens: int, site: Site) -> dict[str, Tensor]:
-        heads, span = site.params["num_kv_heads"], site.span.name
+        heads, span = site.facts.num_kv_heads, site.span.name
         pages = (site.group, site.num_groups, site.page_size)
         return {
             "head_slots": torch_fields.head_slots(layout, num_tokens, *pages, heads),
@@ -220,6 +229,19 @@ class SdpaAttention(PagedAttention):
             "decode_pages": torch_fields.decode_pages(layout, *pages, heads, span),
             "decode_mask": torch_fields.decode_mask(layout, *pages[1:], span),
         }
+
+    def append(
+        self, tensors: tuple[Any, ...], caches: tuple[Tensor, ...], metadata: dict[str, Tensor], site: Site
+    ) -> None:
+        torch.ops.autodeploy.sdpa_append.default(*tensors[1:3], *caches, metadata["head_slots"])
+
+    def attend(
+        self, tensors: tuple[Any, ...], caches: tuple[Tensor, ...], metadata: dict[str, Tensor], site: Site
+    ) -> Tensor:
+        rows = (metadata[name] for name in ("block_table", "seq_lens", "cu_seqlens_q", "decode_pages", "decode_mask"))
+        return torch.ops.autodeploy.sdpa_paged_attention.default(
+            tensors[0], tensors[3], *caches, *rows, **self.scoring(tensors, site)
+        )
 
 
 BACKENDS: tuple[Backend, ...] = (SdpaAttention(),)

@@ -20,12 +20,3 @@ def why_not(device: torch.device) -> str | None:
 def power_of_two(number: int) -> int:
     """The smallest power of two that is not less: what blocks are sized by."""
     return 1 << max(0, number - 1).bit_length()
-
-
-def supports_dtype(dtype: torch.dtype, device: torch.device) -> str | None:
-    """None where attention in `dtype` runs on `device`, else why not (shared by the plain-torch backends)."""
-    if dtype in (torch.float32, torch.bfloat16, torch.float64):
-        return None
-    if dtype is torch.float16 and device.type != "cpu":
-        return None
-    return f"{dtype} is not supported on {device.type}".replace("torch.", "")

@@ -13,32 +13,25 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from autodeploy.kernels import torch_fields
-from autodeploy.kernels.reference import conv_state_cache
-from autodeploy.kernels.support import supports_dtype
 from autodeploy.metadata import fields
-from autodeploy.ops.spec import Backend, CacheSpec, Site
+from autodeploy.ops.backend import Backend
+from autodeploy.ops.kinds.causal_conv1d import CachedConv1d
+from autodeploy.ops.site import Site
 
 
-class TorchCausalConv1d(Backend):
+class TorchCausalConv1d(CachedConv1d):
     name = "torch_conv1d"
-    kind = "causal_conv1d"
     meaning = "gathers each token's taps and lets Inductor fuse the rest"
 
-    def why_not(self, site: Site) -> str | None:
-        return supports_dtype(site.dtype, site.device)
-
-    def caches(self, site: Site) -> tuple[CacheSpec, ...]:
-        return (conv_state_cache(site),)
-
     def metadata(self, layout: Tensor, num_tokens: int, site: Site) -> dict[str, Tensor]:
-        taps = site.params["kernel_size"]
+        taps = site.facts.kernel_size
         return {
             "state_slots": fields.state_slots(layout),
             "window_indices": torch_fields.conv_window_indices(layout, num_tokens, taps),
             "state_indices": torch_fields.conv_state_indices(layout, num_tokens, taps),
         }
 
-    def call(
+    def attend(
         self, tensors: tuple[Any, ...], caches: tuple[Tensor, ...], metadata: dict[str, Tensor], site: Site
     ) -> Tensor:
         hidden_1CT, weight_CN, bias_C = tensors
@@ -51,7 +44,7 @@ class TorchCausalConv1d(Backend):
         out_CT = (windows_CTN * weight_CN[:, None]).sum(-1)
         if bias_C is not None:
             out_CT = out_CT + bias_C[:, None]
-        if site.params["activation"] is not None:
+        if site.facts.activation is not None:
             out_CT = F.silu(out_CT)
         torch.ops.aten.index_put_.default(states, [slot_S], source_CM[:, metadata["state_indices"]].transpose(0, 1))
         return out_CT.to(site.dtype)[None]

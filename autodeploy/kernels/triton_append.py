@@ -8,6 +8,7 @@ Shapes: T packed tokens, H query heads, K key-value heads, G = H / K, D key size
 
 from __future__ import annotations
 
+import torch
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -58,12 +59,13 @@ def append_kernel(
     tl.store(key_cache + place_T[:, None] * KEY_SIZE + column_D[None, :], key_TD, mask=mask_TD)
     value_TE = value_TE.to(value_cache.dtype.element_ty)
     tl.store(value_cache + place_T[:, None] * VALUE_SIZE + column_E[None, :], value_TE, mask=mask_TE)
-    if tl.program_id(1) * BLOCK_T + BLOCK_T > total:
-        is_padding_TE = ((token_T >= total) & (token_T < num_tokens))[:, None] & (column_E < VALUE_SIZE)[None, :]
-        for member in range(GROUP):
-            row_T = token_T * (HEADS * GROUP) + head * GROUP + member
-            zero_TE = tl.zeros([BLOCK_T, BLOCK_E], out.dtype.element_ty)
-            tl.store(out + row_T[:, None] * VALUE_SIZE + column_E[None, :], zero_TE, mask=is_padding_TE)
+    if out is not None:  # noqa: SIM102  (what is None is known when this is compiled)
+        if tl.program_id(1) * BLOCK_T + BLOCK_T > total:
+            is_padding_TE = ((token_T >= total) & (token_T < num_tokens))[:, None] & (column_E < VALUE_SIZE)[None, :]
+            for member in range(GROUP):
+                row_T = token_T * (HEADS * GROUP) + head * GROUP + member
+                zero_TE = tl.zeros([BLOCK_T, BLOCK_E], out.dtype.element_ty)
+                tl.store(out + row_T[:, None] * VALUE_SIZE + column_E[None, :], zero_TE, mask=is_padding_TE)
 
 
 def append(
@@ -71,11 +73,11 @@ def append(
     value_KTE: Tensor,
     key_cache: Tensor,
     value_cache: Tensor,
-    out_THE: Tensor,
+    out_THE: Tensor | None,
     slot_mapping: Tensor,
     cu_seqlens_q: Tensor,
 ) -> None:
-    """Write every token's keys and values to its slot, and zeros to the rows of `out` that belong to no token.
+    """Write every token's keys and values to its slot, and zeros to the rows of `out`, if given, of no token.
 
     Caches are [pages, p, K, D or E], contiguous; `slot_mapping` [T] int64 and `cu_seqlens_q` [S + 1] int32 are fields.
     """
@@ -94,7 +96,7 @@ def append(
         *key_KTD.stride()[:2],
         *value_KTE.stride()[:2],
         HEADS=num_kv_heads,
-        GROUP=out_THE.shape[1] // num_kv_heads,
+        GROUP=1 if out_THE is None else out_THE.shape[1] // num_kv_heads,
         KEY_SIZE=head_dim,
         VALUE_SIZE=value_dim,
         BLOCK_D=power_of_two(head_dim),
@@ -102,3 +104,32 @@ def append(
         BLOCK_T=_TOKENS,
         num_warps=4,
     )
+
+
+_library = torch.library.Library("autodeploy", "FRAGMENT")
+_library.define(
+    "triton_append(Tensor key, Tensor value, Tensor(a!) key_cache, Tensor(b!) value_cache, Tensor slot_mapping,"
+    " Tensor cu_seqlens_q) -> ()",
+    tags=(torch.Tag.pt2_compliant_tag,),
+)
+
+
+@torch.library.impl(_library, "triton_append", "CompositeExplicitAutograd")
+def _append(
+    key: Tensor, value: Tensor, key_cache: Tensor, value_cache: Tensor, slot_mapping: Tensor, cu_seqlens_q: Tensor
+) -> None:
+    """Write new keys [1, K, T, D] and values [1, K, T, E] to their slots."""
+    append(in_rows(key[0]), in_rows(value[0]), key_cache, value_cache, None, slot_mapping, cu_seqlens_q)
+
+
+append_op = torch.ops.autodeploy.triton_append.default
+
+
+@torch.library.register_fake("autodeploy::triton_append", lib=_library)
+def _(*_: Tensor) -> None:
+    return None
+
+
+def in_rows(tensor: Tensor) -> Tensor:
+    """The tensor with each head of each token in one run of memory."""
+    return tensor if tensor.stride(-1) == 1 else tensor.contiguous()

@@ -6,18 +6,20 @@ Shapes: S sequences, T packed tokens, H query heads, K key-value heads, D key si
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from autodeploy.kernels import support, tile_fields
-from autodeploy.kernels.paged import PagedAttention
-from autodeploy.kernels.triton_append import append
+from autodeploy.kernels.triton_append import append, append_op, in_rows
 from autodeploy.kernels.triton_decode import decode
 from autodeploy.kernels.triton_prefill import prefill, tile_tokens
 from autodeploy.kernels.triton_softmax import Scoring
 from autodeploy.metadata import fields
-from autodeploy.ops.spec import CacheSpec, Site
+from autodeploy.ops.cache import Cache
+from autodeploy.ops.kinds.attention import PagedAttention
+from autodeploy.ops.site import Site
 
 _DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 _MAX_HEAD_SIZE = 256
@@ -56,7 +58,7 @@ def _paged_attention(
     contiguous -> [1, T, H, E], zeros for padding tokens. The int tensors are fields. T == S promises that no row has
     more than one new token, and then the decode kernel does everything.
     """
-    query_HTD, key_KTD, value_KTE = (_rows(tensor[0]) for tensor in (query, key, value))
+    query_HTD, key_KTD, value_KTE = (in_rows(tensor[0]) for tensor in (query, key, value))
     out_THE = query.new_empty(query.shape[2], query.shape[1], value.shape[3])
     scoring = Scoring.of(scale, span, softcap)
     new, caches, rows = (key_KTD, value_KTE), (key_cache, value_cache), (block_table, seq_lens, cu_seqlens_q)
@@ -75,16 +77,49 @@ def _(query, key, value, *_, **__):
     return query.new_empty(1, query.shape[2], query.shape[1], value.shape[3])
 
 
-def _rows(tensor: Tensor) -> Tensor:
-    """The tensor with each head of each token in one run of memory."""
-    return tensor if tensor.stride(-1) == 1 else tensor.contiguous()
+_library.define(
+    "triton_attend(Tensor query, Tensor? sinks, Tensor key_cache, Tensor value_cache, Tensor block_table,"
+    " Tensor seq_lens, Tensor cu_seqlens_q, Tensor query_tiles, Tensor? alibi_slopes=None, *, float scale,"
+    " str span='full', float? softcap=None) -> Tensor",
+    tags=(torch.Tag.pt2_compliant_tag, torch.Tag.flexible_layout),
+)
+
+
+@torch.library.impl(_library, "triton_attend", "CompositeExplicitAutograd")
+def _attend(
+    query: Tensor,
+    sinks: Tensor | None,
+    key_cache: Tensor,
+    value_cache: Tensor,
+    block_table: Tensor,
+    seq_lens: Tensor,
+    cu_seqlens_q: Tensor,
+    query_tiles: Tensor,
+    alibi_slopes: Tensor | None = None,
+    *,
+    scale: float,
+    span: str = "full",
+    softcap: float | None = None,
+) -> Tensor:
+    """The same for a layer whose keys and values another layer has written."""
+    query_HTD = in_rows(query[0])
+    out_THE = query.new_zeros(query.shape[2], query.shape[1], value_cache.shape[3])
+    scoring = Scoring.of(scale, span, softcap)
+    shared = (sinks, alibi_slopes, key_cache, value_cache, block_table, seq_lens, cu_seqlens_q)
+    decode(query_HTD, None, None, *shared, out_THE, scoring)
+    prefill(query_HTD, *shared, query_tiles, out_THE, scoring)
+    return out_THE[None]
+
+
+@torch.library.register_fake("autodeploy::triton_attend", lib=_library)
+def _(query, sinks, key_cache, value_cache, *_, **__):
+    return query.new_empty(1, query.shape[2], query.shape[1], value_cache.shape[3])
 
 
 class TritonAttention(PagedAttention):
     """`cache_dtype` None caches in the model's dtype; float8_e4m3fn halves the cache of a 16-bit model."""
 
     meaning = "split-KV decode and tiled prefill in Triton"
-    op = torch.ops.autodeploy.triton_paged_attention.default
 
     def __init__(self, name: str = "triton", cache_dtype: torch.dtype | None = None) -> None:
         self.name, self.cache_dtype = name, cache_dtype
@@ -97,19 +132,19 @@ class TritonAttention(PagedAttention):
             return refused
         if site.dtype not in _DTYPES:
             return f"{site.dtype} is not supported by the Triton kernels".replace("torch.", "")
-        size = max(site.params["head_dim"], site.params["value_dim"])
+        size = max(site.facts.head_dim, site.facts.value_dim)
         if size > _MAX_HEAD_SIZE:
             return f"heads of {size} are larger than {_MAX_HEAD_SIZE}"
         if self.cache_dtype is not None and site.device.type == "cuda" and _lacks_float8(site.device):
             return "an 8-bit cache needs compute capability 8.9 or later"
         return None
 
-    def caches(self, site: Site) -> tuple[CacheSpec, ...]:
+    def caches(self, site: Site) -> tuple[Cache, ...]:
         dtype = self.cache_dtype or site.dtype
         return tuple(replace(cache, dtype=dtype) for cache in super().caches(site))
 
     def metadata(self, layout: Tensor, num_tokens: int, site: Site) -> dict[str, Tensor]:
-        group_size = site.params["num_heads"] // site.params["num_kv_heads"]
+        group_size = site.facts.num_heads // site.facts.num_kv_heads
         return {
             "slot_mapping": fields.slot_mapping(layout, num_tokens, site.group, site.num_groups, site.page_size),
             "block_table": fields.block_table(layout, site.group, site.num_groups),
@@ -117,6 +152,27 @@ class TritonAttention(PagedAttention):
             "cu_seqlens_q": fields.cu_seqlens_q(layout),
             "query_tiles": tile_fields.query_tiles(layout, num_tokens, tile_tokens(group_size, site.dtype)),
         }
+
+    def append(
+        self, tensors: tuple[Any, ...], caches: tuple[Tensor, ...], metadata: dict[str, Tensor], site: Site
+    ) -> None:
+        append_op(*tensors[1:3], *caches, metadata["slot_mapping"], metadata["cu_seqlens_q"])
+
+    def attend(
+        self, tensors: tuple[Any, ...], caches: tuple[Tensor, ...], metadata: dict[str, Tensor], site: Site
+    ) -> Tensor:
+        rows = (metadata[name] for name in ("block_table", "seq_lens", "cu_seqlens_q", "query_tiles"))
+        return torch.ops.autodeploy.triton_attend.default(
+            tensors[0], tensors[3], *caches, *rows, **self.scoring(tensors, site)
+        )
+
+    def append_and_attend(
+        self, tensors: tuple[Any, ...], caches: tuple[Tensor, ...], metadata: dict[str, Tensor], site: Site
+    ) -> Tensor:
+        """In one launch for a decode step."""
+        return torch.ops.autodeploy.triton_paged_attention.default(
+            *tensors[:4], *caches, *metadata.values(), **self.scoring(tensors, site)
+        )
 
 
 def _lacks_float8(device: torch.device) -> bool:

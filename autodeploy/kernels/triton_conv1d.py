@@ -18,10 +18,11 @@ import triton.language as tl
 from torch import Tensor
 
 from autodeploy.kernels import support
-from autodeploy.kernels.reference import conv_state_cache
 from autodeploy.kernels.support import power_of_two
 from autodeploy.metadata import fields
-from autodeploy.ops.spec import Backend, CacheSpec, Site
+from autodeploy.ops.backend import Backend
+from autodeploy.ops.kinds.causal_conv1d import CachedConv1d
+from autodeploy.ops.site import Site
 
 _DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 _MAX_TAPS = 8
@@ -208,9 +209,8 @@ def _(hidden, *_, **__):
     return hidden.new_empty(1, hidden.shape[2], hidden.shape[1]).transpose(1, 2)
 
 
-class TritonCausalConv1d(Backend):
+class TritonCausalConv1d(CachedConv1d):
     name = "triton_conv1d"
-    kind = "causal_conv1d"
     meaning = "Triton kernels: one launch for a decode step, two for longer rows"
 
     def why_not(self, site: Site) -> str | None:
@@ -218,11 +218,8 @@ class TritonCausalConv1d(Backend):
             return reason
         if site.dtype not in _DTYPES:
             return f"{site.dtype} is not among float16, bfloat16 and float32".replace("torch.", "")
-        taps = site.params["kernel_size"]
+        taps = site.facts.kernel_size
         return None if 2 <= taps <= _MAX_TAPS else f"{taps} taps are not among 2 to {_MAX_TAPS}"
-
-    def caches(self, site: Site) -> tuple[CacheSpec, ...]:
-        return (conv_state_cache(site),)
 
     def metadata(self, layout: Tensor, num_tokens: int, site: Site) -> dict[str, Tensor]:
         return {
@@ -232,11 +229,11 @@ class TritonCausalConv1d(Backend):
             "token_to_seq": fields.token_to_seq(layout, num_tokens),
         }
 
-    def call(
+    def attend(
         self, tensors: tuple[Any, ...], caches: tuple[Tensor, ...], metadata: dict[str, Tensor], site: Site
     ) -> Tensor:
         return torch.ops.autodeploy.triton_causal_conv1d.default(
-            *tensors, *caches, **metadata, activation=site.params["activation"]
+            *tensors, *caches, **metadata, activation=site.facts.activation
         )
 
 

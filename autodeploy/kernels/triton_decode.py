@@ -1,7 +1,7 @@
 """Attention of the rows with one new token: each row's keys are read once and shared among programs ("splits").
 
-The program of the first split also writes the new key and value to their slots. It takes them from the new tensors,
-and every program stops reading before that slot, so that no order among the programs is needed.
+Where it is given the new keys and values, the program of the first split also writes them to their slots. It takes them
+from the new tensors, and every program stops reading before that slot, so that no order among the programs is needed.
 
 Shapes: S sequences, T packed tokens, H query heads, K key-value heads, G = H / K (at least 16 here, for the matrix
 units), D key size, E value size, p page size, N keys of one block, R splits.
@@ -92,18 +92,23 @@ def decode_kernel(
     )
     highest_G, total_G = tl.full([BLOCK_G], LOWEST, tl.float32), tl.zeros([BLOCK_G], tl.float32)
     if split == 0:
-        slot = tl.load(table + last // PAGE_SIZE).to(tl.int64) * PAGE_SIZE + last % PAGE_SIZE
-        key_D = _append(key, key_cache, token, head, key_stride_h, key_stride_t, slot, HEADS, KEY_SIZE, BLOCK_D)
-        value_E = _append(
-            value, value_cache, token, head, value_stride_h, value_stride_t, slot, HEADS, VALUE_SIZE, BLOCK_E
-        )
-        sink_G = load_sinks(sinks, head_G, real_G)
-        highest_G, total_G, mixed_GE = _see_first(query_GD, key_D, value_E, sink_G, inner, multiplier, HAS_SOFTCAP)
+        highest_G = load_sinks(sinks, head_G, real_G)
+        total_G = tl.where(highest_G > LOWEST, 1.0, 0.0)
+        if key is not None:
+            slot = tl.load(table + last // PAGE_SIZE).to(tl.int64) * PAGE_SIZE + last % PAGE_SIZE
+            key_D = _append(key, key_cache, token, head, key_stride_h, key_stride_t, slot, HEADS, KEY_SIZE, BLOCK_D)
+            value_E = _append(
+                value, value_cache, token, head, value_stride_h, value_stride_t, slot, HEADS, VALUE_SIZE, BLOCK_E
+            )
+            highest_G, total_G, mixed_GE = _see_first(
+                query_GD, key_D, value_E, highest_G, inner, multiplier, HAS_SOFTCAP
+            )
+    stop = last if key is not None else last + 1
     first = first_seen(last, SPAN)
     first_block = first // BLOCK_N
-    share = tl.cdiv(tl.cdiv(last, BLOCK_N) - first_block, SPLITS)
+    share = tl.cdiv(tl.cdiv(stop, BLOCK_N) - first_block, SPLITS)
     begin = (first_block + split * share) * BLOCK_N
-    end = tl.minimum(begin + share * BLOCK_N, last)
+    end = tl.minimum(begin + share * BLOCK_N, stop)
     slope_G = load_slopes(slopes, head_G, real_G, multiplier)
     highest_G, total_G, mixed_GE = attend_range(
         query_GD, highest_G, total_G, mixed_GE, tl.full([BLOCK_G], last, tl.int32), slope_G, begin, end, first,
@@ -169,8 +174,8 @@ def decode_blocks(
 
 def decode(
     query_HTD: Tensor,
-    key_KTD: Tensor,
-    value_KTE: Tensor,
+    key_KTD: Tensor | None,
+    value_KTE: Tensor | None,
     sinks: Tensor | None,
     slopes: Tensor | None,
     key_cache: Tensor,
@@ -181,13 +186,14 @@ def decode(
     out_THE: Tensor,
     scoring: Scoring,
 ) -> None:
-    """Append the token of each row with exactly one, and write its attention to `out`.
+    """Write the attention of each row with exactly one token to `out`; append that token where keys are given.
 
     Caches are [pages, p, K, D or E], contiguous; the int32 tensors are fields.
     """
-    num_kv_heads, num_tokens, head_dim = key_KTD.shape
-    num_rows, value_dim = seq_lens.shape[0], value_KTE.shape[2]
-    page_size, num_heads, device = key_cache.shape[1], query_HTD.shape[0], query_HTD.device
+    num_heads, num_tokens, head_dim = query_HTD.shape
+    _, page_size, num_kv_heads, value_dim = value_cache.shape
+    num_rows, device = seq_lens.shape[0], query_HTD.device
+    new_strides = [stride for new in (key_KTD, value_KTE) for stride in ((0, 0) if new is None else new.stride()[:2])]
     group_size = num_heads // num_kv_heads
     blocks = decode_blocks(group_size, head_dim, value_dim, key_cache.dtype, shared_bytes(device))
     longest = min(block_table.shape[1] * page_size, scoring.span.longest or sys.maxsize)
@@ -198,7 +204,7 @@ def decode(
         part_sums = torch.empty(num_rows, num_heads, splits, 2, dtype=torch.float32, device=device)
     decode_kernel[(num_kv_heads, splits, num_rows)](
         query_HTD, key_KTD, value_KTE, sinks, slopes, key_cache, value_cache, block_table, seq_lens, cu_seqlens_q,
-        out_THE, part, part_sums, *query_HTD.stride()[:2], *key_KTD.stride()[:2], *value_KTE.stride()[:2],
+        out_THE, part, part_sums, *query_HTD.stride()[:2], *new_strides,
         block_table.stride(0), num_tokens, num_rows, scoring.inner, scoring.multiplier,
         HEADS=num_kv_heads, GROUP=group_size, KEY_SIZE=head_dim, VALUE_SIZE=value_dim, PAGE_SIZE=page_size,
         SPAN=scoring.span.code, HAS_SOFTCAP=scoring.inner != 0, SPLITS=splits, **blocks,

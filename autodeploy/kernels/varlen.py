@@ -12,19 +12,19 @@ import torch
 from torch import Tensor
 
 from autodeploy.kernels import support
-from autodeploy.kernels.paged import PagedAttention
 from autodeploy.metadata import fields
 from autodeploy.metadata.span import Chunk, span_of
-from autodeploy.ops.spec import Backend, Site
+from autodeploy.ops.backend import Backend
+from autodeploy.ops.kinds.attention import PagedAttention
+from autodeploy.ops.site import Site
 
 _PAGE_MULTIPLE = 256
 _MAX_HEAD_DIM = 256
 
 _library = torch.library.Library("autodeploy", "FRAGMENT")
 _library.define(
-    "varlen_paged_attention(Tensor query, Tensor key, Tensor value, Tensor? sinks, Tensor(a!) key_cache,"
-    " Tensor(b!) value_cache, Tensor slot_mapping, Tensor block_table, Tensor seq_lens, Tensor cu_seqlens_q, *,"
-    " float scale, str span='full', float? softcap=None) -> Tensor",
+    "varlen_paged_attention(Tensor query, Tensor key_cache, Tensor value_cache, Tensor block_table, Tensor seq_lens,"
+    " Tensor cu_seqlens_q, *, float scale, str span='full', float? softcap=None) -> Tensor",
     tags=(torch.Tag.pt2_compliant_tag,),
 )
 
@@ -32,12 +32,8 @@ _library.define(
 @torch.library.impl(_library, "varlen_paged_attention", "CompositeExplicitAutograd")
 def _paged_attention(
     query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    sinks: Tensor | None,
     key_cache: Tensor,
     value_cache: Tensor,
-    slot_mapping: Tensor,
     block_table: Tensor,
     seq_lens: Tensor,
     cu_seqlens_q: Tensor,
@@ -46,20 +42,16 @@ def _paged_attention(
     span: str = "full",
     softcap: float | None = None,
 ) -> Tensor:
-    """Write the new keys and values, then attend to the pages in place.
+    """Attend to the pages in place, with new keys and values cached.
 
-    query [1, H, T, D], key and value [1, K, T, D], caches [pages, p, K, D] -> [1, T, H, D], zeros for padding tokens.
-    The int tensors are the fields of the same names. `sinks` and `softcap` are None: `why_not` refuses them.
+    query [1, H, T, D], caches [pages, p, K, D] -> [1, T, H, D], zeros for padding tokens. The int tensors are the
+    fields of the same names. `softcap` is None: `why_not` refuses others.
     """
     from torch.nn.attention.varlen import varlen_attn, varlen_attn_out
 
-    from autodeploy.kernels.triton_append import append
-
-    assert sinks is None
     assert softcap is None
     query_THD = query[0].transpose(0, 1)
-    out_THD = torch.empty(query_THD.shape, dtype=query.dtype, device=query.device)
-    append(key[0], value[0], key_cache, value_cache, out_THD, slot_mapping, cu_seqlens_q)
+    out_THD = torch.zeros(query_THD.shape, dtype=query.dtype, device=query.device)
     num_tokens, num_rows = query.shape[2], block_table.shape[0]
     options: dict[str, Any] = {
         "scale": scale,
@@ -77,7 +69,7 @@ def _paged_attention(
         out = varlen_attn(query_THD, key_cache, value_cache, cu_seqlens_q, cu_seq_k, 1, max_k, **options)
         assert isinstance(out, Tensor)
         return out[None]
-    # Rows of `out_THD` that belong to no sequence keep the zeros that `append` wrote.
+    # Rows of `out_THD` that belong to no sequence keep their zeros.
     max_q = max(2, num_tokens)
     varlen_attn_out(out_THD, query_THD, key_cache, value_cache, cu_seqlens_q, cu_seq_k, max_q, max_k, **options)
     return out_THD[None]
@@ -103,7 +95,6 @@ def _has_block_tables() -> bool:
 class VarlenAttention(PagedAttention):
     name = "varlen"
     meaning = "torch.nn.attention.varlen over block tables"
-    op = torch.ops.autodeploy.varlen_paged_attention.default
 
     def why_not(self, site: Site) -> str | None:
         refused = super().why_not(site) or support.why_not(site.device) or _why_not_here(site)
@@ -116,6 +107,21 @@ class VarlenAttention(PagedAttention):
             "seq_lens": fields.seq_lens(layout),
             "cu_seqlens_q": fields.cu_seqlens_q(layout),
         }
+
+    def append(
+        self, tensors: tuple[Any, ...], caches: tuple[Tensor, ...], metadata: dict[str, Tensor], site: Site
+    ) -> None:
+        from autodeploy.kernels.triton_append import append_op
+
+        append_op(*tensors[1:3], *caches, metadata["slot_mapping"], metadata["cu_seqlens_q"])
+
+    def attend(
+        self, tensors: tuple[Any, ...], caches: tuple[Tensor, ...], metadata: dict[str, Tensor], site: Site
+    ) -> Tensor:
+        rows = (metadata[name] for name in ("block_table", "seq_lens", "cu_seqlens_q"))
+        return torch.ops.autodeploy.varlen_paged_attention.default(
+            tensors[0], *caches, *rows, **self.scoring(tensors, site)
+        )
 
 
 def _why_not_here(site: Site) -> str | None:
@@ -131,21 +137,21 @@ def _why_not_here(site: Site) -> str | None:
 
 def _why_not_kernel(site: Site) -> str | None:
     """What flash attention lacks for this layer."""
-    p = site.params
+    f = site.facts
     if isinstance(site.span, Chunk):
         return "varlen_attn has no chunks"
     if site.dtype not in (torch.float16, torch.bfloat16):
         return f"{site.dtype} is neither float16 nor bfloat16".replace("torch.", "")
-    if p["softcap"] is not None:
+    if f.softcap is not None:
         return "varlen_attn has no soft cap"
-    if p["has_sinks"]:
+    if f.has_sinks:
         return "varlen_attn has no sinks"
-    if p["has_alibi"]:
+    if f.has_alibi:
         return "varlen_attn has no ALiBi"
-    if p["head_dim"] != p["value_dim"]:
-        return f"values of {p['value_dim']} and keys of {p['head_dim']} must be of one size"
-    if p["head_dim"] % 8 or p["head_dim"] > _MAX_HEAD_DIM:
-        return f"heads of {p['head_dim']} are not a multiple of 8 up to {_MAX_HEAD_DIM}"
+    if f.head_dim != f.value_dim:
+        return f"values of {f.value_dim} and keys of {f.head_dim} must be of one size"
+    if f.head_dim % 8 or f.head_dim > _MAX_HEAD_DIM:
+        return f"heads of {f.head_dim} are not a multiple of 8 up to {_MAX_HEAD_DIM}"
     return None
 
 

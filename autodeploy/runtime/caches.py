@@ -12,7 +12,7 @@ from torch import Tensor
 
 from autodeploy.errors import OptionError
 from autodeploy.metadata.layout import LayoutSpec
-from autodeploy.ops.spec import CacheSpec
+from autodeploy.ops.cache import Cache, PoolSizes
 from autodeploy.runtime.pages import pages_needed
 from autodeploy.runtime.staging import NUM_ARENAS
 
@@ -20,16 +20,9 @@ from autodeploy.runtime.staging import NUM_ARENAS
 _PAGE_BYTES = 40
 
 
-def allocate_caches(
-    specs: Sequence[CacheSpec], page_size: int, num_pages: Sequence[int], max_num_seqs: int, device: torch.device
-) -> tuple[Tensor, ...]:
-    """Zeros: [num_pages, page_size, *shape] for kind "paged", [max_num_seqs + 1, *shape] for kind "state"."""
-
-    def allocate(spec: CacheSpec) -> Tensor:
-        size = (num_pages[spec.group], page_size) if spec.kind == "paged" else (max_num_seqs + 1,)
-        return _zeros((*size, *spec.shape), spec.dtype, device)
-
-    return tuple(map(allocate, specs))
+def allocate_caches(caches: Sequence[Cache], sizes: PoolSizes, device: torch.device) -> tuple[Tensor, ...]:
+    """Zeros."""
+    return tuple(_zeros(cache.whole(sizes), cache.dtype, device) for cache in caches)
 
 
 def _zeros(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
@@ -43,7 +36,7 @@ def _zeros(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> 
 
 
 def default_num_pages(
-    specs: Sequence[CacheSpec],
+    caches: Sequence[Cache],
     layout_spec: LayoutSpec,
     *,
     max_model_len: int,
@@ -57,13 +50,10 @@ def default_num_pages(
     """
     page_size = layout_spec.page_size
     chunk_pages = -(-max_num_tokens // page_size)
-    page_bytes = [0] * layout_spec.num_groups
-    state_bytes = 0
-    for spec in specs:
-        if spec.kind == "paged":
-            page_bytes[spec.group] += page_size * _num_bytes(spec)
-        else:
-            state_bytes += (max_num_seqs + 1) * _num_bytes(spec)
+    nothing = PoolSizes((0,) * layout_spec.num_groups, page_size, 0)
+    state_bytes = _total(caches, nothing._replace(num_slots=max_num_seqs + 1))
+    one_page = np.eye(layout_spec.num_groups, dtype=int).tolist()
+    page_bytes = [_total(caches, nothing._replace(num_pages=tuple(pages))) for pages in one_page]
     whole = -(-max_model_len // page_size)
     alone = [pages_needed(max_model_len, page_size, span) for span in layout_spec.spans]
     # A span's pages, and those of a prompt's chunk, which is written before the pages behind it are freed.
@@ -87,7 +77,7 @@ def free_memory(device: torch.device) -> int:
 
 
 def check_memory(
-    specs: Sequence[CacheSpec],
+    caches: Sequence[Cache],
     layout_spec: LayoutSpec,
     device: torch.device,
     *,
@@ -101,14 +91,11 @@ def check_memory(
     The caches are on the device; on the host are lists of free pages, block tables, the tokens of running requests, and
     the arenas that a step is packed in. Raises OptionError with the figures.
     """
-    caches = 0
-    for spec in specs:
-        entries = num_pages[spec.group] * layout_spec.page_size if spec.kind == "paged" else max_num_seqs + 1
-        caches += entries * _num_bytes(spec)
+    of_caches = _total(caches, PoolSizes(tuple(num_pages), layout_spec.page_size, max_num_seqs + 1))
     layout = max_num_seqs * layout_spec.num_columns(-(-max_model_len // layout_spec.page_size))
     host = sum(num_pages) * _PAGE_BYTES + 4 * (max_num_seqs * max_model_len + (NUM_ARENAS + 3) * layout)
     host += 4 * (NUM_ARENAS + 2) * max_num_tokens
-    parts = {"cpu": caches + host} if device.type == "cpu" else {str(device): caches, "cpu": host}
+    parts = {"cpu": of_caches + host} if device.type == "cpu" else {str(device): of_caches, "cpu": host}
     for place, needed in parts.items():
         free = free_memory(torch.device(place))
         if needed > free:
@@ -119,6 +106,6 @@ def check_memory(
             )
 
 
-def _num_bytes(spec: CacheSpec) -> int:
-    """Bytes of one token's, or one sequence's, entry."""
-    return prod(spec.shape) * spec.dtype.itemsize
+def _total(caches: Sequence[Cache], sizes: PoolSizes) -> int:
+    """Bytes of all caches."""
+    return sum(cache.num_bytes(sizes) for cache in caches)

@@ -14,7 +14,7 @@ import torch
 from autodeploy.errors import AutodeployError, OptionError
 from autodeploy.metadata.layout import LayoutSpec
 from autodeploy.metadata.nest import Nested
-from autodeploy.ops.spec import CacheSpec
+from autodeploy.ops.cache import Cache, PoolSizes
 from autodeploy.options import integer
 from autodeploy.runtime.buckets import MIN_SIZE, StepSizes, captured_sizes, padded_sizes
 from autodeploy.runtime.caches import allocate_caches, check_memory
@@ -51,7 +51,7 @@ class Engine:
     def __init__(
         self,
         step: Step,
-        cache_specs: Sequence[CacheSpec],
+        cache_specs: Sequence[Cache],
         layout_spec: LayoutSpec,
         *,
         device: torch.device,
@@ -68,6 +68,7 @@ class Engine:
         device = torch.device(device)
         sizes = {"max_num_seqs": max_num_seqs, "max_num_tokens": max_num_tokens, "max_model_len": max_model_len}
         _check_sizes(num_pages, **sizes)
+        pools = PoolSizes(tuple(num_pages), layout_spec.page_size, max_num_seqs + 1)
         check_memory(cache_specs, layout_spec, device, num_pages=num_pages, **sizes)
         max_pages = max(MIN_SIZE, -(-max_model_len // layout_spec.page_size))
         max_rows = max(MIN_SIZE, max_num_seqs)
@@ -92,7 +93,7 @@ class Engine:
         self._staging = Staging(link, most_tokens, max_rows, layout_spec.num_columns(max_pages))
         self._packer = Packer(self._staging, self._tables, self._scheduler.sequences)
         self._fetch = Fetch(link, max_rows)
-        self._caches = allocate_caches(cache_specs, layout_spec.page_size, num_pages, max_num_seqs, device)
+        self._caches = allocate_caches(cache_specs, pools, device)
         if graphs is None and cuda_graphs and device.type == "cuda":
             graphs = CudaGraphs(device)
         self._captured: CapturedStep | None = None

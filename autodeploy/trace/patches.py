@@ -12,8 +12,7 @@ from typing import Any
 from torch import Tensor, nn
 from transformers import PreTrainedConfig, PreTrainedModel, masking_utils
 
-from autodeploy.errors import UnsupportedFeature
-from autodeploy.ops.kinds.causal_conv1d import causal_conv1d
+from autodeploy.ops.kinds import kinds
 from autodeploy.trace.interface import IMPLEMENTATION, registered
 
 _SETTINGS: dict[str, object] = {
@@ -36,32 +35,17 @@ def traceable(model: PreTrainedModel) -> Iterator[None]:
         # Guesses from jumps in position_ids where one sequence ends; here a batch row is one sequence.
         stack.enter_context(_swapped(masking_utils, "find_packed_sequence_indices", lambda position_ids: None))
         stack.enter_context(_swapped(masking_utils, "chunked_overlay", _chunked_overlay))
-        for module in _modeling_modules(model):
-            for name in _DOORS.keys() & vars(module).keys():
-                stack.enter_context(_swapped(module, name, _DOORS[name]))
+        doors = [door for kind in kinds() for door in kind.doors]
+        for module, door in product(_modeling_modules(model), doors):
+            owner = module if door.owner is None else vars(module).get(door.owner)
+            if owner is not None and door.name in vars(owner):
+                stack.enter_context(_swapped(owner, door.name, door.function))
         yield
-
-
-def _causal_conv1d_fn(
-    hidden_states: Tensor,
-    weight: Tensor,
-    bias: Tensor | None = None,
-    activation: str | None = None,
-    seq_idx: Tensor | None = None,
-    **_: Any,
-) -> Tensor:
-    if seq_idx is not None:
-        raise UnsupportedFeature("packed sequences (seq_idx)", where="causal_conv1d_fn")
-    return causal_conv1d(hidden_states, weight, bias, activation=activation)
 
 
 def _chunked_overlay(chunk_size: int, left_padding: Tensor) -> Callable[..., Any]:
     """Without the padding, which rows of a traced batch have none of, and whose tensor cannot be asked."""
     return lambda batch, head, query, key: key // chunk_size == query // chunk_size
-
-
-# Modeling files call their stateful kernels through module-level functions of these names.
-_DOORS: dict[str, Callable[..., Any]] = {"causal_conv1d_fn": _causal_conv1d_fn}
 
 
 @contextmanager

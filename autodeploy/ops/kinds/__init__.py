@@ -10,15 +10,26 @@ from importlib import import_module
 from importlib.metadata import entry_points
 from pkgutil import iter_modules
 
-from autodeploy.ops.spec import Kind
+from autodeploy.ops.kind import Kind
 
+_added: list[Kind] = []
 _OURS = tuple(import_module(f"{__name__}.{module.name}").KIND for module in iter_modules(__path__))
 
 
-@cache
 def kinds() -> tuple[Kind, ...]:
-    """Every kind of attention node: ours by name, then those of the entry points `autodeploy.kinds`."""
+    """Every kind of attention node: ours by name, those of entry points, then those registered by hand."""
+    return (*_installed(), *_added)
+
+
+@cache
+def _installed() -> tuple[Kind, ...]:
     return (*_OURS, *(point.load() for point in entry_points(group="autodeploy.kinds")))
+
+
+def register_kind(kind: Kind) -> Kind:
+    """Add a kind by hand (a package would use the entry-point group `autodeploy.kinds`)."""
+    _added[:] = [each for each in _added if each.name != kind.name] + [kind]
+    return kind
 
 
 def kind_of(target: object) -> Kind | None:

@@ -5,16 +5,18 @@ Shapes: B batch, H query heads, K key-value heads, S tokens, D key size, E value
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, fx
 
-from autodeploy.errors import UnsupportedFeature
-from autodeploy.graph.location import module_path, node_location
-from autodeploy.graph.meta import VALUE
+from autodeploy.metadata import fields
 from autodeploy.metadata.span import SORTS, Span, span_of
-from autodeploy.ops.spec import Kind, Site
+from autodeploy.ops.backend import Backend, why_not_dtype
+from autodeploy.ops.cache import Cache, Paged
+from autodeploy.ops.kind import Kind
+from autodeploy.ops.site import Site, path_of, recorded
 
 # (atol, rtol) of a backend against the canonical op, by the dtype of its cache. float32 and float64: another order of
 # summation, and a softmax that is float32 here in any case; float16 and bfloat16: weights and result are each rounded
@@ -128,46 +130,185 @@ def _mask(num_tokens: int, causal: bool, span: Span, cu_seqlens: Tensor | None, 
     return seen_SS
 
 
-def _tensors(node: fx.Node) -> tuple[Any, ...]:
-    """query, key, value, sinks, bias, alibi_slopes of an attention node."""
-    names = ("query", "key", "value", "sinks", "bias", "cu_seqlens", "alibi_slopes")
-    given = {**dict(zip(names, node.args, strict=False)), **node.kwargs}
-    return tuple(given.get(name) for name in names if name != "cu_seqlens")
+@dataclass(frozen=True)
+class AttentionFacts:
+    """What a backend may ask about one attention beside its span."""
+
+    num_heads: int
+    num_kv_heads: int
+    head_dim: int
+    value_dim: int
+    scale: float
+    causal: bool = True
+    softcap: float | None = None
+    has_sinks: bool = False
+    has_bias: bool = False
+    has_alibi: bool = False
 
 
-def _describe(node: fx.Node) -> Site:
-    query, key, value, sinks, bias, alibi_slopes = _tensors(node)
-    if not all(isinstance(arg, fx.Node) and VALUE.on(arg) for arg in (query, key, value)):
-        raise UnsupportedFeature("an attention node whose inputs have no recorded shapes", where=node_location(node))
-    q, k, v = (VALUE.of(arg) for arg in (query, key, value))
-    span = span_of(str(node.kwargs.get("span", "full")))
-    return Site(
-        kind="attention",
-        path=module_path(node) or node.name,
-        layer_type=span.layer_type,
-        dtype=q.dtype,
-        device=q.device,
-        span=span,
-        params={
-            "num_heads": int(q.shape[1]),
-            "num_kv_heads": int(k.shape[1]),
-            "head_dim": int(k.shape[3]),
-            "value_dim": int(v.shape[3]),
-            "scale": node.kwargs["scale"],
-            "causal": node.kwargs.get("causal", True),
-            "softcap": node.kwargs.get("softcap"),
-            "has_sinks": sinks is not None,
-            "has_bias": bias is not None,
-            "has_alibi": alibi_slopes is not None,
-        },
-    )
+class Attention(Kind[AttentionFacts]):
+    name = "attention"
+    meaning = "softmax attention: MHA, MQA, GQA; full, sliding or chunked; softcap, sinks, bias, ALiBi"
+    op = torch.ops.autodeploy.attention.default
+    layer_types = tuple(sort.layer_type for sort in SORTS)
+    tolerances = TOLERANCES
+    token_dims = (2, 2, 2, None, None, None)
+    result_dim = 1
+
+    @property
+    def reference(self) -> Backend:
+        return ReferenceAttention()
+
+    def tensors(self, node: fx.Node) -> tuple[Any, ...]:
+        """query, key, value, sinks, bias, alibi_slopes."""
+        names = ("query", "key", "value", "sinks", "bias", "cu_seqlens", "alibi_slopes")
+        given = {**dict(zip(names, node.args, strict=False)), **node.kwargs}
+        return tuple(given.get(name) for name in names if name != "cu_seqlens")
+
+    def describe(self, node: fx.Node) -> Site[AttentionFacts]:
+        query, key, value, sinks, bias, alibi_slopes = self.tensors(node)
+        q, k, v = recorded(node, query, key, value)
+        span = span_of(str(node.kwargs.get("span", "full")))
+        asked: dict[str, Any] = {name: node.kwargs.get(name) for name in ("scale", "softcap")}
+        facts = AttentionFacts(
+            num_heads=int(q.shape[1]),
+            num_kv_heads=int(k.shape[1]),
+            head_dim=int(k.shape[3]),
+            value_dim=int(v.shape[3]),
+            causal=bool(node.kwargs.get("causal", True)),
+            has_sinks=sinks is not None,
+            has_bias=bias is not None,
+            has_alibi=alibi_slopes is not None,
+            **asked,
+        )
+        return Site(self.name, path_of(node), span.layer_type, q.dtype, q.device, facts, span)
+
+    def example(self, dtype: torch.dtype, device: torch.device) -> Site[AttentionFacts]:
+        facts = AttentionFacts(num_heads=4, num_kv_heads=2, head_dim=64, value_dim=64, scale=0.125)
+        return Site(self.name, "plain layer", "full_attention", dtype, device, facts, page_size=16)
+
+    def operands(self, site: Site[AttentionFacts], num_tokens: int) -> tuple[Tensor | None, ...]:
+        f = site.facts
+        sizes = ((f.num_heads, f.head_dim), (f.num_kv_heads, f.head_dim), (f.num_kv_heads, f.value_dim))
+        query, key, value = (torch.randn(1, heads, num_tokens, size) for heads, size in sizes)
+        tensors = [query, key, value, torch.randn(f.num_heads) if f.has_sinks else None, None]
+        moved = [None if tensor is None else tensor.to(site.device, site.dtype) for tensor in tensors]
+        return (*moved, torch.rand(f.num_heads, device=site.device) / 8 if f.has_alibi else None)
+
+    def run(self, tensors: tuple[Any, ...], site: Site[AttentionFacts]) -> Tensor:
+        *per_token, sinks, bias, alibi_slopes = tensors
+        asked = {"scale": site.facts.scale, "causal": site.facts.causal, "softcap": site.facts.softcap}
+        return attention(*per_token, sinks, bias, None, alibi_slopes, span=site.span.name, **asked)
+
+    def appended(self, tensors: tuple[Any, ...]) -> tuple[Any, ...]:
+        return tensors[1:3]
 
 
-KIND = Kind(
-    name="attention",
-    op=torch.ops.autodeploy.attention.default,
-    describe=_describe,
-    tensors=_tensors,
-    layer_types=tuple(sort.layer_type for sort in SORTS),
-    meaning="softmax attention: MHA, MQA, GQA; full, sliding or chunked; softcap, sinks, bias, ALiBi",
-)
+class PagedAttention(Backend[AttentionFacts]):
+    """What all backends of softmax attention over a paged cache have in common."""
+
+    kind = "attention"
+
+    def why_not(self, site: Site[AttentionFacts]) -> str | None:
+        if not site.facts.causal:
+            return "attention that is not causal cannot run from a cache"
+        if site.facts.has_bias:
+            return "an additive bias is not supported with a paged cache"
+        return why_not_dtype(site.dtype, site.device)
+
+    def caches(self, site: Site[AttentionFacts]) -> tuple[Cache, ...]:
+        """One paged cache for keys [K, D] and one for values [K, E]."""
+        f = site.facts
+        key = Paged("key", (f.num_kv_heads, f.head_dim), site.dtype, site.group)
+        return key, Paged("value", (f.num_kv_heads, f.value_dim), site.dtype, site.group)
+
+    def scoring(self, tensors: tuple[Any, ...], site: Site[AttentionFacts]) -> dict[str, Any]:
+        """What ops take by name beside tensors: how scores are made, and `alibi_slopes` where the layer has them."""
+        asked = {"scale": site.facts.scale, "span": site.span.name, "softcap": site.facts.softcap}
+        return asked if tensors[5] is None else asked | {"alibi_slopes": tensors[5]}
+
+
+@torch.library.custom_op("autodeploy::reference_append", mutates_args=("cache",))
+def reference_append(new: Tensor, cache: Tensor, slot_mapping: Tensor) -> None:
+    """Write new keys or values [1, K, T, D] to their slots of a cache [pages, p, K, D]; padding goes to page 0."""
+    cache.flatten(0, 1)[slot_mapping] = new[0].transpose(0, 1)
+
+
+@torch.library.custom_op("autodeploy::reference_paged_attention", mutates_args=())
+def reference_paged_attention(
+    query: Tensor,
+    sinks: Tensor | None,
+    key_cache: Tensor,
+    value_cache: Tensor,
+    block_table: Tensor,
+    seq_lens: Tensor,
+    cu_seqlens_q: Tensor,
+    alibi_slopes: Tensor | None = None,
+    *,
+    scale: float,
+    span: str = "full",
+    softcap: float | None = None,
+) -> Tensor:
+    """Attend each sequence, whose new keys and values are cached, to exactly the slots it sees.
+
+    query [1, H, T, D], caches [pages, p, K, D or E] -> [1, T, H, E], zeros for padding tokens. The int tensors are the
+    fields of the same names.
+    """
+    out_THE = query.new_zeros(query.shape[2], query.shape[1], value_cache.shape[3])
+    starts = cu_seqlens_q.tolist()
+    for row, seq_len in enumerate(seq_lens.tolist()):
+        start, stop = starts[row], starts[row + 1]
+        if start == stop:
+            continue
+        context_len = seq_len - (stop - start)
+        first = max(0, span_of(span).first_seen(context_len))
+        seen_L = torch.arange(first, seq_len, device=query.device)
+        slot_L = block_table[row, seen_L // key_cache.shape[1]] * key_cache.shape[1] + seen_L % key_cache.shape[1]
+        query_Q1 = torch.arange(context_len, seq_len, device=query.device)[:, None]
+        out_1HQE = attend(
+            query[:, :, start:stop],
+            key_cache.flatten(0, 1)[slot_L].transpose(0, 1)[None],
+            value_cache.flatten(0, 1)[slot_L].transpose(0, 1)[None],
+            (seen_L <= query_Q1) & (seen_L >= span_of(span).first_seen(query_Q1)),
+            scale=scale,
+            softcap=softcap,
+            sinks=sinks,
+            alibi_slopes=alibi_slopes,
+        )
+        out_THE[start:stop] = out_1HQE[0].transpose(0, 1)
+    return out_THE[None]
+
+
+@reference_paged_attention.register_fake
+def _(query, sinks, key_cache, value_cache, *_, **__):
+    return query.new_empty(1, query.shape[2], query.shape[1], value_cache.shape[3])
+
+
+class ReferenceAttention(PagedAttention):
+    name = "reference"
+    meaning = "the oracle: attends one sequence after another"
+
+    def metadata(self, layout: Tensor, num_tokens: int, site: Site[AttentionFacts]) -> dict[str, Tensor]:
+        return {
+            "slot_mapping": fields.slot_mapping(layout, num_tokens, site.group, site.num_groups, site.page_size),
+            "block_table": fields.block_table(layout, site.group, site.num_groups),
+            "seq_lens": fields.seq_lens(layout),
+            "cu_seqlens_q": fields.cu_seqlens_q(layout),
+        }
+
+    def append(
+        self, tensors: tuple[Any, ...], caches: tuple[Tensor, ...], metadata: dict[str, Tensor], site: Site
+    ) -> None:
+        for new, cache in zip(tensors[1:3], caches, strict=True):
+            torch.ops.autodeploy.reference_append.default(new, cache, metadata["slot_mapping"])
+
+    def attend(
+        self, tensors: tuple[Any, ...], caches: tuple[Tensor, ...], metadata: dict[str, Tensor], site: Site
+    ) -> Tensor:
+        rows = (metadata[name] for name in ("block_table", "seq_lens", "cu_seqlens_q"))
+        return torch.ops.autodeploy.reference_paged_attention.default(
+            tensors[0], tensors[3], *caches, *rows, **self.scoring(tensors, site)
+        )
+
+
+KIND = Attention()

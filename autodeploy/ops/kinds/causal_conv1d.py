@@ -5,6 +5,7 @@ Shapes: B batch, C channels, S tokens, K taps.
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -12,9 +13,12 @@ from torch import Tensor, fx
 from torch.nn import functional as F
 
 from autodeploy.errors import UnsupportedFeature
-from autodeploy.graph.location import module_path, node_location
-from autodeploy.graph.meta import VALUE
-from autodeploy.ops.spec import Kind, Site
+from autodeploy.graph.location import node_location
+from autodeploy.metadata import fields
+from autodeploy.ops.backend import Backend, why_not_dtype
+from autodeploy.ops.cache import Cache, State
+from autodeploy.ops.kind import Door, Kind
+from autodeploy.ops.site import Site, path_of, recorded
 
 ACTIVATIONS = (None, "silu", "swish")
 
@@ -75,40 +79,138 @@ def _ragged_windows(hidden_BCS: Tensor, num_taps: int, cu_seqlens: Tensor) -> Te
     return torch.where(inside_SK, windows, torch.zeros((), dtype=windows.dtype, device=windows.device))
 
 
-def _tensors(node: fx.Node) -> tuple[Any, ...]:
-    """hidden, weight, bias of a convolution node."""
-    padded = (*node.args, None)[:3]
-    return tuple(node.kwargs.get(name, arg) for name, arg in zip(("hidden", "weight", "bias"), padded, strict=True))
+@dataclass(frozen=True)
+class ConvFacts:
+    """What a backend may ask about one convolution; `kernel_size` is N, the number of taps."""
+
+    channels: int
+    kernel_size: int
+    has_bias: bool = False
+    activation: str | None = None
 
 
-def _describe(node: fx.Node) -> Site:
-    hidden, weight, bias = _tensors(node)
-    if not all(isinstance(arg, fx.Node) and VALUE.on(arg) for arg in (hidden, weight)):
-        raise UnsupportedFeature("a convolution node whose inputs have no recorded shapes", where=node_location(node))
-    activation = node.kwargs.get("activation")
-    if activation not in ACTIVATIONS:
-        raise UnsupportedFeature(f"causal_conv1d with activation {activation!r}", where=node_location(node))
-    x, w = VALUE.of(hidden), VALUE.of(weight)
-    return Site(
-        kind="causal_conv1d",
-        path=module_path(node) or node.name,
-        layer_type="conv",
-        dtype=x.dtype,
-        device=x.device,
-        params={
-            "channels": int(w.shape[0]),
-            "kernel_size": int(w.shape[1]),
-            "has_bias": bias is not None,
-            "activation": activation,
-        },
-    )
+def _causal_conv1d_fn(
+    hidden_states: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    activation: str | None = None,
+    seq_idx: Tensor | None = None,
+    **_: Any,
+) -> Tensor:
+    """What modeling files call, under this name, as they do the function of the package causal-conv1d."""
+    if seq_idx is not None:
+        raise UnsupportedFeature("packed sequences (seq_idx)", where="causal_conv1d_fn")
+    return causal_conv1d(hidden_states, weight, bias, activation=activation)
 
 
-KIND = Kind(
-    name="causal_conv1d",
-    op=torch.ops.autodeploy.causal_conv1d.default,
-    describe=_describe,
-    tensors=_tensors,
-    layer_types=("conv",),
-    meaning="depthwise causal convolution with a rolling state",
-)
+class CausalConv1d(Kind[ConvFacts]):
+    name = "causal_conv1d"
+    meaning = "depthwise causal convolution with a rolling state"
+    op = torch.ops.autodeploy.causal_conv1d.default
+    layer_types = ("conv",)
+    tolerances = TOLERANCES
+    token_dims = (2, None, None)
+    result_dim = 2
+    doors = (Door("causal_conv1d_fn", _causal_conv1d_fn),)
+    near = (torch.ops.aten.conv1d.default,)
+
+    @property
+    def reference(self) -> Backend:
+        return ReferenceCausalConv1d()
+
+    def tensors(self, node: fx.Node) -> tuple[Any, ...]:
+        """hidden, weight, bias."""
+        padded = (*node.args, None)[:3]
+        return tuple(node.kwargs.get(name, arg) for name, arg in zip(("hidden", "weight", "bias"), padded, strict=True))
+
+    def describe(self, node: fx.Node) -> Site[ConvFacts]:
+        hidden, weight, bias = self.tensors(node)
+        x, w = recorded(node, hidden, weight)
+        activation: Any = node.kwargs.get("activation")
+        if activation not in ACTIVATIONS:
+            raise UnsupportedFeature(f"causal_conv1d with activation {activation!r}", where=node_location(node))
+        facts = ConvFacts(int(w.shape[0]), int(w.shape[1]), bias is not None, activation)
+        return Site(self.name, path_of(node), "conv", x.dtype, x.device, facts)
+
+    def example(self, dtype: torch.dtype, device: torch.device) -> Site[ConvFacts]:
+        facts = ConvFacts(channels=64, kernel_size=4, activation="silu")
+        return Site(self.name, "plain layer", "conv", dtype, device, facts, page_size=16)
+
+    def operands(self, site: Site[ConvFacts], num_tokens: int) -> tuple[Tensor | None, ...]:
+        f = site.facts
+        bias = torch.randn(f.channels) if f.has_bias else None
+        tensors = (torch.randn(1, f.channels, num_tokens), torch.randn(f.channels, f.kernel_size), bias)
+        return tuple(None if tensor is None else tensor.to(site.device, site.dtype) for tensor in tensors)
+
+    def run(self, tensors: tuple[Any, ...], site: Site[ConvFacts]) -> Tensor:
+        return causal_conv1d(*tensors, activation=site.facts.activation)
+
+
+class CachedConv1d(Backend[ConvFacts]):
+    """What all backends of the convolution have in common: they cache the last N - 1 inputs of each sequence."""
+
+    kind = "causal_conv1d"
+
+    def why_not(self, site: Site[ConvFacts]) -> str | None:
+        return why_not_dtype(site.dtype, site.device)
+
+    def caches(self, site: Site[ConvFacts]) -> tuple[Cache, ...]:
+        return (State("conv_state", (site.facts.channels, site.facts.kernel_size - 1), site.dtype),)
+
+
+@torch.library.custom_op("autodeploy::reference_cached_causal_conv1d", mutates_args=("state_cache",))
+def reference_cached_causal_conv1d(
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    state_cache: Tensor,
+    state_slots: Tensor,
+    has_initial_state: Tensor,
+    cu_seqlens_q: Tensor,
+    *,
+    activation: str | None = None,
+) -> Tensor:
+    """Convolve each sequence's cached inputs followed by its new ones, and cache the last N - 1 of them.
+
+    hidden [1, C, T], weight [C, N], bias [C] or None, state_cache [slots, C, N - 1] -> [1, C, T], zeros for padding
+    tokens. The int and bool tensors are the fields of the same names.
+    """
+    num_taps = weight.shape[1]
+    out_CT = torch.zeros_like(hidden[0])
+    starts = cu_seqlens_q.tolist()
+    for row, (slot, goes_on) in enumerate(zip(state_slots.tolist(), has_initial_state.tolist(), strict=True)):
+        start, stop = starts[row], starts[row + 1]
+        if start == stop:
+            continue
+        old = state_cache[slot] if goes_on else torch.zeros_like(state_cache[slot])
+        inputs_CL = torch.cat([old, hidden[0, :, start:stop]], dim=1)
+        out_CT[:, start:stop] = convolve(inputs_CL.unfold(1, num_taps, 1)[None], weight, bias, activation)[0]
+        state_cache[slot] = inputs_CL[:, stop - start :]
+    return out_CT[None]
+
+
+@reference_cached_causal_conv1d.register_fake
+def _(hidden, *_, **__):
+    return hidden.new_empty(hidden.shape)
+
+
+class ReferenceCausalConv1d(CachedConv1d):
+    name = "reference"
+    meaning = "the oracle: convolves one sequence after another"
+
+    def metadata(self, layout: Tensor, num_tokens: int, site: Site[ConvFacts]) -> dict[str, Tensor]:
+        return {
+            "state_slots": fields.state_slots(layout),
+            "has_initial_state": fields.has_initial_state(layout),
+            "cu_seqlens_q": fields.cu_seqlens_q(layout),
+        }
+
+    def attend(
+        self, tensors: tuple[Any, ...], caches: tuple[Tensor, ...], metadata: dict[str, Tensor], site: Site
+    ) -> Tensor:
+        return torch.ops.autodeploy.reference_cached_causal_conv1d.default(
+            *tensors, *caches, **metadata, activation=site.facts.activation
+        )
+
+
+KIND = CausalConv1d()
