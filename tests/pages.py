@@ -23,10 +23,10 @@ IMAGE = '<img src="x" onerror="globalThis.pwned = 1">'
 
 
 @cache
-def pipeline_trace(num_layers: int = 4) -> Trace:
-    """The default passes on a llama."""
+def pipeline_trace(num_layers: int = 4, model_type: str = "llama") -> Trace:
+    """The default passes on a tiny model."""
     with Recorder() as recorder:
-        pipeline.run(traced("llama", num_layers), default(), [recorder])
+        pipeline.run(traced(model_type, num_layers), default(), [recorder])
     return recorder.trace()
 
 

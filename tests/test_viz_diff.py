@@ -23,6 +23,7 @@ from autodeploy.errors import OptionError, UnknownName
 from autodeploy.graph.edit import copy_module
 from autodeploy.viz import GraphDiff, Recorder, Snapshot
 from autodeploy.viz import text as terminal
+from autodeploy.viz.arguments import Ref
 from passes import ShareMetadata, default
 
 DRAWS = st.lists(st.tuples(st.sampled_from(sorted(OPS)), *[st.integers(0, 20)] * 3), min_size=1, max_size=25)
@@ -73,7 +74,7 @@ def test_outlining_is_moving_and_merging(draws: list[tuple[str, int, int, int]])
         pipeline.run(gm, [ShareMetadata()], [recorder])
     diff = recorder.trace().diff()
     check_complete(diff)
-    assert {entry.kind for entry in diff.changed} <= {"moved", "merged", "added", "removed"}
+    assert {entry.kind for entry in diff.changed} <= {"moved", "rewired", "merged", "added", "removed"}
 
 
 def test_kinds() -> None:
@@ -87,6 +88,7 @@ def test_kinds() -> None:
         "unchanged": 2,
         "changed": 1,
         "moved": 0,
+        "rewired": 0,
         "merged": 0,
         "replaced": 1,
         "removed": 0,
@@ -211,11 +213,13 @@ def test_metadata_story(exact: bool) -> None:
     gm = before_pass("share_metadata", "gpt_oss")
     old = Snapshot.of(gm)
     with Recorder() as recorder:
-        pipeline.run(gm, [ShareMetadata()], [recorder])
+        (record,) = pipeline.run(gm, [ShareMetadata()], [recorder])
     diff = recorder.trace().diff() if exact else GraphDiff.of(old, Snapshot.of(gm))
     story = diff.story
     assert story is not None
-    assert (story.before.nodes, story.after.nodes) == (story.moved + story.merged, story.moved)
+    # As the runner counts them in the graphs, by what they depend on.
+    assert (story.before.nodes, story.after.nodes) == (record.before.metadata_nodes, record.after.metadata_nodes)
+    assert story.before.nodes + story.beside == diff.counts["moved"] + diff.counts["merged"]
     assert story.before.launches > story.after.launches
     assert story.before.copies == story.after.copies == 2
     readers = {field.op: field.readers for field in story.fields}
@@ -223,6 +227,34 @@ def test_metadata_story(exact: bool) -> None:
     assert readers["logits_indices"] == {"index_select": 1}
     assert "became one node" in str(diff)
     assert recorder.trace().story == story or not exact
+
+
+def test_counts_are_those_of_the_nodes() -> None:
+    """Each kind counted anew from ids: what is gone, what is new, and what reads from elsewhere."""
+    gm = before_pass("share_metadata", "gemma3_text")
+    with Recorder() as recorder:
+        pipeline.run(gm, [ShareMetadata()], [recorder])
+    diff = recorder.trace().diff()
+    old, new = diff.before.by_id, diff.after.by_id
+    both = old.keys() & new.keys()
+    moved = {id for id in both if old[id].graph != new[id].graph}
+    through = {node.id for node in diff.after.nodes if node.graph == "prepare_metadata"}
+    direct = {id: {leaf.id for _, leaf in node.leaves if isinstance(leaf, Ref)} for id, node in old.items()}
+    elsewhere = old.keys() - new.keys() | moved
+    rewired = {id for id in both - moved if direct[id] & elsewhere and id not in through}
+    assert diff.counts == {
+        "unchanged": len(both - moved - rewired),
+        "changed": 0,
+        "moved": len(moved),
+        "rewired": len(rewired),
+        "merged": len(old.keys() - new.keys()) - diff.counts["removed"],
+        "replaced": 0,
+        "removed": diff.counts["removed"],
+        "added": len(new.keys() - old.keys()),
+    }
+    targets = Counter(old[id].short_target for id in rewired)
+    assert targets["sdpa_paged_attention"] == 4
+    assert sum(diff.counts.values()) - diff.counts["added"] == len(old)
 
 
 def test_no_story_without_metadata() -> None:
@@ -238,8 +270,9 @@ def test_merged() -> None:
         return graph_module(build)
 
     diff = GraphDiff.of(doubled(4), doubled(1))
-    assert diff.lines() == ["= sin for 3 duplicates"]
-    assert diff.summary()["kinds"]["merged"] == 3
+    assert diff.lines() == ["= sin for 3 duplicates", "< cat (reads 3 that were merged)"]
+    assert GraphDiff.of(doubled(4), doubled(1), ignore=["wiring"]).lines() == ["= sin for 3 duplicates"]
+    assert diff.counts["merged"] == 3
 
 
 def test_text_of_the_whole_pipeline() -> None:
@@ -283,7 +316,7 @@ def test_save(ending: str, tmp_path) -> None:
 
 
 def test_unknown_endings_are_refused(tmp_path) -> None:
-    with pytest.raises(OptionError, match="cannot save a diff as"):
+    with pytest.raises(OptionError, match="cannot save a GraphDiff as"):
         GraphDiff.of(graph_module(one), graph_module(one)).save(tmp_path / "diff.png")
 
 

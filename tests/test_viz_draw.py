@@ -3,26 +3,28 @@
 from __future__ import annotations
 
 import json
-from itertools import combinations
+import re
+from itertools import pairwise
 from xml.etree import ElementTree
 
 import networkx
 import pytest
-from hypothesis import given, settings
-from hypothesis import strategies as st
+from pictures import behind, overlaps
 from torch import fx
 from traces import traced
 from viz_graphs import Maker, aten, attention_layer, cached_layer, graph_module, layers
 
 from autodeploy.compiler import pipeline
-from autodeploy.viz import GraphDiff, Recorder
-from autodeploy.viz.export import to_dot, to_model_explorer
-from autodeploy.viz.layout import Box, place
-from autodeploy.viz.svg import MAX_BOXES, draw
+from autodeploy.viz import GraphDiff, Recorder, Snapshot
+from autodeploy.viz.engine import picture
+from autodeploy.viz.export import to_dot, to_model_explorer, to_sync_navigation
+from autodeploy.viz.history import History
+from autodeploy.viz.page import render_frame
+from autodeploy.viz.svg import draw
 from passes import default
 
 SVG = "{http://www.w3.org/2000/svg}"
-EDGES = st.lists(st.tuples(st.integers(0, 14), st.integers(0, 14)), max_size=30)
+MAX_BOXES = 150
 
 
 def pipeline_diff() -> GraphDiff:
@@ -31,49 +33,89 @@ def pipeline_diff() -> GraphDiff:
     return recorder.trace().diff()
 
 
-def boxes(svg: str) -> list[Box]:
-    """The boxes of nodes."""
-    rects = (group.find(f"{SVG}rect") for group in ElementTree.fromstring(svg).iter(f"{SVG}g"))
-    return [
-        Box(*(float(rect.get(key) or 0) for key in ("x", "y", "width", "height"))) for rect in rects if rect is not None
-    ]
+@pytest.mark.parametrize("model_type", ["llama", "gemma3_text", "mixtral", "lfm2"])
+def test_pictures(model_type: str) -> None:
+    """Nothing lies on top of anything, no edge runs behind a box, and every edge is one of the graphs."""
+    with Recorder() as recorder:
+        pipeline.run(traced(model_type), default(), [recorder])
+    trace = recorder.trace()
+    for first, second in [(0, len(trace.stages) - 1), *pairwise(range(len(trace.stages)))]:
+        shown = History((trace.stages[first], trace.stages[second]))
+        drawn = picture(shown, 1300, 1000)
+        assert len(drawn.boxes) <= MAX_BOXES
+        assert overlaps(drawn) == []
+        assert behind(drawn) == []
+        sides = [stage.snapshot for stage in shown.stages]
+        old, new = ({(s, id) for id, reads in side.inputs.items() for _, s in reads} for side in sides)
+        kinds = {"kept": old & new, "added": new - old, "removed": old - new}
+        for link in drawn.links:
+            if link["kind"] in ("added", "removed"):
+                # A node that moved reads what it did, in another place.
+                moved = {id for side in sides for id in side.by_id if _graphs(sides, id) > 1}
+                ends = {tuple(end) for end in link["ends"]}
+                assert ends <= kinds[link["kind"]] | {end for end in old | new if set(end) & moved}
 
 
-def overlap(one: Box, other: Box) -> bool:
-    apart_x = one.x + one.width <= other.x or other.x + other.width <= one.x
-    return not (apart_x or one.y + one.height <= other.y or other.y + other.height <= one.y)
+def _graphs(sides: list[Snapshot], id: int) -> int:
+    nodes = [side.by_id[id] for side in sides if id in side.by_id]
+    return len({(node.graph, node.module) for node in nodes})
 
 
-@settings(max_examples=60, deadline=None)
-@given(EDGES, st.sampled_from([100.0, 400.0, float("inf")]))
-def test_layout(edges: list[tuple[int, int]], max_width: float) -> None:
-    sizes = {str(key): (20.0 + 7 * key, 10.0 + key) for key in range(15)}
-    placed = place(sizes, [(str(a), str(b)) for a, b in edges], (5, 5), max_width)
-    assert placed.keys() == sizes.keys()
-    assert not [pair for pair in combinations(placed.values(), 2) if overlap(*pair)]
-    graph = networkx.DiGraph(edges)
-    if networkx.is_directed_acyclic_graph(graph):
-        assert all(placed[str(a)].y < placed[str(b)].y for a, b in edges)
+def test_edges_that_close_a_circle_go_up() -> None:
+    """Two modules that read each other: neither edge runs behind a box."""
+
+    def build(order: list[str]):
+        def nodes(make: Maker, x: fx.Node) -> fx.Node:
+            for place in order:
+                for _ in range(2):
+                    x = make.call(aten.neg.default, x, at=place)
+            return x
+
+        return graph_module(nodes)
+
+    drawn = picture(GraphDiff.of(build(["a", "b"]), build(["a", "b", "a", "b"])), 200, 200)
+    assert {(link["from"], link["to"]) for link in drawn.links} >= {("g1", "g2"), ("g2", "g1")}
+    assert behind(drawn) == []
+
+
+def test_the_style_holds_for_the_picture_alone() -> None:
+    """An SVG inside a page must not restyle others in it."""
+    svg = ElementTree.fromstring(draw(pipeline_diff()))
+    assert svg.get("class") == "ad-picture"
+    style = svg.findtext(f"{SVG}style") or ""
+    selectors = re.findall(r"([^{}]+)\{[^{}]*:", style)
+    assert len(selectors) > 50
+    for selector in ",".join(selectors).split(","):
+        name = selector.strip()
+        assert name.startswith(".ad-picture"), name
+    assert "var(" not in style
 
 
 def test_svg_of_a_pipeline() -> None:
     svg = draw(pipeline_diff())
-    drawn = boxes(svg)
-    assert 20 < len(drawn) <= MAX_BOXES
-    assert not [pair for pair in combinations(drawn, 2) if overlap(*pair)]
-    texts = [node.text for node in ElementTree.fromstring(svg).iter(f"{SVG}text")]
-    assert any("sdpa_paged_attention" in (text or "") for text in texts)
-    assert "4 x model.layers.*" in texts
+    texts = [node.text or "" for node in ElementTree.fromstring(svg).iter(f"{SVG}text")]
+    assert any("sdpa_paged_attention" in text or "layers.0" in text for text in texts)
     assert len(svg) < 200_000
+
+
+def test_svg_of_a_trace_is_the_step_that_shares() -> None:
+    with Recorder() as recorder:
+        pipeline.run(traced("llama"), default(), [recorder])
+    trace = recorder.trace()
+    index = trace.index("share_metadata")
+    drawn = draw(trace)
+    assert "before, layer by layer" in drawn
+    assert drawn.count("▾ prepare_metadata") == 1
+    assert len(picture(trace, 1300, 1000).boxes) == len(picture(trace.diff(index - 1, index), 1300, 1000).boxes)
 
 
 def test_svg_of_nothing() -> None:
     gm = layers(2, attention_layer)
-    assert boxes(draw(GraphDiff.of(gm, gm))) == []
+    assert "removed" not in picture(GraphDiff.of(gm, gm), 900, 900).svg
 
 
-def test_svg_has_a_limit() -> None:
-    """Differences that cannot be folded are counted where there is no room for them."""
+def test_pictures_have_a_limit() -> None:
+    """Differences that cannot be folded are left in closed boxes where there is no room for them."""
 
     def layer(index: int, make: Maker, x: fx.Node) -> fx.Node:
         for _ in range(index + 1):
@@ -81,9 +123,7 @@ def test_svg_has_a_limit() -> None:
         return make.call(aten.sin.default, x)
 
     plain = layers(40, lambda index, make, x: make.call(aten.sin.default, x))
-    svg = draw(GraphDiff.of(plain, layers(40, layer)))
-    assert len(boxes(svg)) <= MAX_BOXES
-    assert "more blocks" in svg
+    assert 10 < len(picture(GraphDiff.of(plain, layers(40, layer)), 1300, 1000).boxes) <= MAX_BOXES
 
 
 NASTY = '<script>alert("x")</script>&\\"'
@@ -105,9 +145,9 @@ def test_names_are_escaped() -> None:
     assert label == f"label={json.dumps(NASTY)};"
 
 
-def test_notebooks_show_the_drawing() -> None:
+def test_notebooks_show_the_page() -> None:
     diff = GraphDiff.of(layers(2, attention_layer), layers(2, cached_layer))
-    assert diff._repr_html_() == draw(diff)
+    assert diff._repr_html_() == render_frame(diff)
 
 
 def test_networkx() -> None:
@@ -121,26 +161,36 @@ def test_networkx() -> None:
     assert graph.nodes["a0"]["name"] == "x"
 
 
-def test_dot() -> None:
-    dot = to_dot(GraphDiff.of(layers(2, attention_layer), layers(2, cached_layer)))
+def test_dot_is_folded() -> None:
+    """Layers that are alike are one box, as in the page."""
+    dot = to_dot(GraphDiff.of(layers(30, attention_layer), layers(30, cached_layer)))
     assert dot.startswith("digraph diff {")
     assert dot.count("{") == dot.count("}")
-    assert dot.count("subgraph") == 9
-    assert '"- scaled' not in dot
-    assert "± scaled_dot_product_attention" in dot
+    assert dot.count("subgraph") == 2  # layers.0 and its attention
+    assert "layers.1 … layers.29" in dot
+    assert '"± scaled_dot_product_attention' in dot
+    names = set(re.findall(r"^ *([gp]\d+) \[", dot, re.MULTILINE))
+    assert {end for edge in re.findall(r"([gp]\d+) -> ([gp]\d+)", dot) for end in edge} <= names
 
 
 @pytest.mark.parametrize(
     "make", [pipeline_diff, lambda: GraphDiff.of(layers(2, attention_layer), layers(2, cached_layer))]
 )
 def test_model_explorer(make) -> None:
+    """Two graphs, and which node is which."""
     diff = make()
-    data = json.loads(json.dumps(to_model_explorer(diff)))
-    (graph,) = data["graphs"]
-    ids = {node["id"] for node in graph["nodes"]}
-    assert len(ids) == len(graph["nodes"]) >= len(diff.after.nodes)
-    for node in graph["nodes"]:
-        assert {edge["sourceNodeId"] for edge in node["incomingEdges"]} <= ids
-        assert all(isinstance(item["value"], str) for item in node["attrs"])
-        assert not node["namespace"].endswith("/")
-    assert any("/" in node["namespace"] for node in graph["nodes"])
+    graphs = json.loads(to_model_explorer(diff))["graphs"]
+    assert [graph["id"] for graph in graphs] == ["before", "after"]
+    ids = [{node["id"] for node in graph["nodes"]} for graph in graphs]
+    for graph, known, side in zip(graphs, ids, (diff.before, diff.after), strict=True):
+        assert len(known) == len(side.nodes)
+        for node in graph["nodes"]:
+            assert {edge["sourceNodeId"] for edge in node["incomingEdges"]} <= known
+            assert all(isinstance(item["value"], str) for item in node["attrs"])
+            assert not node["namespace"].endswith("/")
+    mapping = json.loads(to_sync_navigation(diff))
+    assert mapping["type"] == "sync_navigation"
+    for side, key in enumerate(("leftNodeIds", "rightNodeIds")):
+        found = [id for entry in mapping["mappingEntries"] for id in entry[key]]
+        assert len(found) == len(set(found))
+        assert set(found) <= ids[side]

@@ -93,7 +93,7 @@ def test_ignoring(tmp_path: Path) -> None:
         (["--fail-on", "adde"], "unknown condition 'adde'"),
         (["--ignore", "nothing"], "unknown thing to ignore 'nothing'"),
         (["--expect", "missing.json"], "cannot read missing.json"),
-        (["--save", "diff.png"], "cannot save a diff as 'diff.png'"),
+        (["--save", "diff.png"], "cannot save a GraphDiff as 'diff.png'"),
     ],
 )
 def test_mistakes_exit_2(

@@ -17,9 +17,10 @@ from viz_graphs import Maker, aten, attention_layer, graph_module, layers
 from autodeploy.compiler import pipeline
 from autodeploy.errors import OptionError, PassError
 from autodeploy.graph.edit import PREPARE
+from autodeploy.viz.history import Stage
 from autodeploy.viz.provenance import Recorder
 from autodeploy.viz.snapshot import Snapshot
-from autodeploy.viz.trace import Stage, Trace
+from autodeploy.viz.trace import Trace
 from passes import default
 
 
@@ -106,7 +107,7 @@ def test_a_duplicate_is_merged() -> None:
     trace = history(two_negations(), merge_negs)
     names = ids(trace, 0)
     assert trace.links(0, 1).merged == {names["neg_default_1"]: names["neg_default"]}
-    assert trace.diff().lines() == ["= neg for 1 duplicates"]
+    assert trace.diff().lines() == ["= neg for 1 duplicates", "< add (reads 1 that were merged)"]
 
 
 def test_a_merger_survives_the_replacement_of_the_survivor() -> None:
@@ -193,13 +194,14 @@ def test_pipeline(model_type: str) -> None:
     # Of 1 * T nothing is left: T is there already.
     removed = [entry for entry in diff.changed if entry.kind == "removed"]
     assert all(diff.before.by_id[id].target == "operator.mul" for entry in removed for id in entry.before)
-    assert {entry.kind for entry in diff.changed} - {"removed"} == {"moved", "merged", "added"}
+    assert {entry.kind for entry in diff.changed} - {"removed"} == {"moved", "rewired", "merged", "added"}
     plumbing = (*("placeholder", "output", "call_module"), "operator.getitem")
     added = [node for entry in diff.changed if entry.kind == "added" for node in map(diff.after.by_id.get, entry.after)]
     assert all(node.op in plumbing or node.target in plumbing for node in added if node)
     assert trace.story is not None
     assert trace.story.subgraphs > trace.story.before.nodes / 10
-    assert trace.story.merged > 0
+    assert trace.story == diff.story
+    assert trace.diff().story is None  # of another pair of graphs: that of one pass is told once
 
 
 def test_recording_changes_nothing() -> None:

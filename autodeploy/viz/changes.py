@@ -19,6 +19,7 @@ IGNORABLE = {
     "order": frozenset({"order"}),
     "device": frozenset({"device"}),
     "meta": frozenset({"module", "role"}),
+    "wiring": frozenset({"wiring"}),
 }
 _SYMBOL = re.compile(r"[A-Za-z_]\w*")
 _ONE = re.compile(r"(?<![\w*)])1\*(?!\*)|(?<!\*)\*1(?![\w*.])")  # what is left of a symbol that became 1 in a product
@@ -26,8 +27,9 @@ _ONE = re.compile(r"(?<![\w*)])1\*(?!\*)|(?<!\*)\*1(?![\w*.])")  # what is left 
 
 @dataclass(frozen=True)
 class Change:
-    """One difference: `what` is the name of an argument, prefixed by "argument " or "input ", or one of target, shape,
-    dtype, device, name, module, role, graph, order, into.
+    """One difference: `what` is the name of an argument, prefixed by "argument ", "input " or, where it reads an equal
+    value from another node, "wiring "; or one of target, shape, dtype, device, values, name, module, role, graph,
+    order, into.
     """
 
     what: str
@@ -80,13 +82,22 @@ class Comparison:
         for place in ones | others:
             leaf, other_leaf = ones.get(place, _ABSENT), others.get(place, _ABSENT)
             reads = isinstance(leaf, Ref) and isinstance(other_leaf, Ref)
-            if reads and self._same_input(inputs.get(place, _GONE), other_inputs.get(place, _GONE)):
+            source, other_source = inputs.get(place, _GONE), other_inputs.get(place, _GONE)
+            if reads and self._same_input(source, other_source):
+                if one.graph == other.graph and self._is_elsewhere(source, other_source):
+                    texts = (self.before.name_of(source), self.after.name_of(other_source))
+                    found.append(Change(f"wiring {place}", *texts))
                 continue
             if reads or self._renamed(leaf) != repr(other_leaf):
                 kind = "device" if place == "device" else f"{'input' if reads else 'argument'} {place}"
                 texts = (format_argument(leaf, self.before.name_of), format_argument(other_leaf, self.after.name_of))
                 found.append(Change(kind, *texts))
         return found
+
+    def _is_elsewhere(self, one: int, other: int) -> bool:
+        """Whether the same value is read from a duplicate, or from a graph that it was moved to."""
+        before, after = self.before.by_id.get(one), self.after.by_id.get(other)
+        return before is not None and after is not None and (one in self.links.merged or before.graph != after.graph)
 
     def _same_input(self, one: int, other: int) -> bool:
         """Whether `other` stands for `one`, or only new nodes lie between `one` and its reader."""

@@ -5,18 +5,21 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import dataclass
 
+from autodeploy.errors import UnknownName
 from autodeploy.viz.changes import IGNORABLE, PLACES, Change, Comparison
 from autodeploy.viz.links import Links
 from autodeploy.viz.snapshot import Snapshot
 
-KINDS = ("unchanged", "changed", "moved", "merged", "replaced", "removed", "added")
+KINDS = ("unchanged", "changed", "moved", "rewired", "merged", "replaced", "removed", "added")
+
+PAIRED = ("unchanged", "changed", "moved", "rewired")  # one node on each side
 
 
 @dataclass(frozen=True)
 class Entry:
-    """One thing that happened: to a pair ("unchanged", "changed", "moved"), to nodes of one side ("removed", "added"),
-    to a group of nodes for which another group stands now ("replaced"), or to nodes that were dropped because `after`
-    computes the same ("merged").
+    """One thing that happened: to a pair ("unchanged", "changed", "moved", or "rewired": it reads equal values from
+    other nodes), to nodes of one side ("removed", "added"), to a group of nodes for which another group stands now
+    ("replaced"), or to nodes that were dropped because `after` computes the same ("merged").
 
     `before` and `after` are ids in their snapshots' order; `stage` is what linked them.
     """
@@ -31,8 +34,13 @@ class Entry:
 def classify(before: Snapshot, after: Snapshot, links: Links, ignore: Iterable[str] = ()) -> tuple[Entry, ...]:
     """Every node of both sides in one entry, except that the survivor of a merger also has one of its own.
 
-    Entries are in the order of `before`; what is new comes after what precedes it in `after`.
+    Entries are in the order of `before`; what is new comes after what precedes it in `after`. Raises UnknownName for
+    something to ignore that is not in `IGNORABLE`.
     """
+    ignore = list(ignore)
+    for name in ignore:
+        if name not in IGNORABLE:
+            raise UnknownName("thing to ignore", name, IGNORABLE)
     ignored = frozenset().union(*(IGNORABLE[name] for name in ignore))
     entries = [*_pairs(before, after, links, ignored), *_merged(links, before)]
     entries += _lone(before, after, links)
@@ -43,9 +51,16 @@ def _pairs(before: Snapshot, after: Snapshot, links: Links, ignored: frozenset[s
     comparison = Comparison(before, after, links, ignored)
     for one, other in links.pairs.items():
         changes = comparison.changes(before.by_id[one], after.by_id[other])
-        moved = all(change.what in PLACES for change in changes)
-        kind = ("moved" if moved else "changed") if changes else "unchanged"
-        yield Entry(kind, (one,), (other,), changes, links.stages[one])
+        yield Entry(_kind(changes), (one,), (other,), changes, links.stages[one])
+
+
+def _kind(changes: tuple[Change, ...]) -> str:
+    kinds = {change.kind for change in changes}
+    if not kinds:
+        return "unchanged"
+    if kinds <= PLACES:
+        return "moved"
+    return "rewired" if kinds == {"wiring"} else "changed"
 
 
 def _merged(links: Links, before: Snapshot) -> Iterable[Entry]:

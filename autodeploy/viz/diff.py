@@ -2,40 +2,39 @@
 
 from __future__ import annotations
 
-import json
-from collections import Counter
-from collections.abc import Callable, Iterable, Mapping
-from dataclasses import asdict, dataclass
-from functools import cached_property
+from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
 
+import networkx
 from torch import fx
 
-from autodeploy.errors import OptionError, UnknownName
-from autodeploy.viz.changes import IGNORABLE, Change
-from autodeploy.viz.classify import KINDS, Entry, classify
-from autodeploy.viz.fold import Block, fold
+from autodeploy.viz.classify import classify
+from autodeploy.viz.difference import Difference
+from autodeploy.viz.export import to_dot, to_model_explorer, to_sync_navigation
 from autodeploy.viz.infer import infer_fates
 from autodeploy.viz.links import Links
 from autodeploy.viz.match import match
+from autodeploy.viz.page import render_frame, render_page
 from autodeploy.viz.pause import collector_paused
-from autodeploy.viz.snapshot import Snapshot, checked
-from autodeploy.viz.story import Story, tell
+from autodeploy.viz.save import as_json, write
+from autodeploy.viz.snapshot import Snapshot
+from autodeploy.viz.svg import draw
+from autodeploy.viz.text import render
+from autodeploy.viz.union import union
 
-if TYPE_CHECKING:
-    import networkx
+WRITERS = {
+    ".html": render_page,
+    ".me.json": to_model_explorer,
+    ".sync.json": to_sync_navigation,
+    ".json": as_json,
+    ".txt": lambda diff: f"{diff}\n",
+    ".svg": draw,
+    ".dot": to_dot,
+}
 
-SCHEMA = "autodeploy.diff/1"
 
-
-@dataclass(frozen=True)
-class GraphDiff:
-    """What became of every node of `before`, and where every node of `after` came from."""
-
-    before: Snapshot
-    after: Snapshot
-    entries: tuple[Entry, ...]
+class GraphDiff(Difference):
+    """A `Difference` that can be made, printed and saved."""
 
     @staticmethod
     def of(
@@ -49,12 +48,8 @@ class GraphDiff:
         """Compare two graphs, matching their nodes unless `links` are given.
 
         `manual` pairs names of `before` with names of `after`. `ignore` leaves out differences of "names", "order",
-        "device" or "meta" (module path and role). Raises UnknownName and OptionError for other names.
+        "device", "wiring" or "meta" (module path and role). Raises UnknownName and OptionError for other names.
         """
-        ignore = list(ignore)
-        for name in ignore:
-            if name not in IGNORABLE:
-                raise UnknownName("thing to ignore", name, IGNORABLE)
         one = before if isinstance(before, Snapshot) else Snapshot.of(before, "before")
         other = after if isinstance(after, Snapshot) else Snapshot.of(after, "after")
         with collector_paused():
@@ -63,111 +58,18 @@ class GraphDiff:
                 infer_fates(one, other, links)
             return GraphDiff(one, other, classify(one, other, links, ignore))
 
-    @property
-    def is_empty(self) -> bool:
-        """Whether nothing differs."""
-        return all(entry.kind == "unchanged" for entry in self.entries)
-
-    @cached_property
-    def changed(self) -> tuple[Entry, ...]:
-        """The entries that are not unchanged."""
-        return tuple(entry for entry in self.entries if entry.kind != "unchanged")
-
-    @cached_property
-    def blocks(self) -> tuple[Block, ...]:
-        """The differences by module, equal ones of repeated layers as one."""
-        return fold(self.before, self.after, self.changed)
-
-    @cached_property
-    def story(self) -> Story | None:
-        """What became of the metadata, None where no graph has a prepare_metadata node."""
-        return tell(self.before, self.after, self.entries)
-
-    def summary(self) -> dict[str, Any]:
-        """Counts by kind (for a group or merger, of the nodes that went and came), and the folded lines."""
-        counts: dict[str, int] = Counter(dict.fromkeys(KINDS, 0))
-        for entry in self.entries:
-            counts[entry.kind] += max(1, len(entry.before))
-        return {
-            "before": len(self.before.nodes),
-            "after": len(self.after.nodes),
-            "kinds": dict(counts),
-            "lines": self.lines(),
-        }
-
-    def lines(self) -> list[str]:
-        """One line for each difference, equal ones of repeated layers as one."""
-        return [line for block in self.blocks for line in block.lines()]
-
     def __str__(self) -> str:
-        from autodeploy.viz.text import render
-
         return render(self)
 
     def _repr_html_(self) -> str:
-        from autodeploy.viz.svg import draw
-
-        return draw(self)
-
-    def to_json(self) -> dict[str, Any]:
-        """Plain data with a versioned schema, in a stable order. Blocks, summary and story are there to be read:
-        `from_json` computes them again.
-        """
-        return {
-            "schema": SCHEMA,
-            "before": self.before.to_json(),
-            "after": self.after.to_json(),
-            "entries": [_entry_to_json(entry) for entry in self.entries],
-            "blocks": [block.to_json() for block in self.blocks],
-            "summary": self.summary(),
-            "story": asdict(self.story) if self.story else None,
-        }
-
-    @staticmethod
-    def from_json(data: dict[str, Any]) -> GraphDiff:
-        """What `to_json` wrote. Raises OptionError for anything else."""
-        with checked(data, SCHEMA):
-            before, after = Snapshot.from_json(data["before"]), Snapshot.from_json(data["after"])
-            return GraphDiff(before, after, tuple(map(_entry_from_json, data["entries"])))
+        return render_frame(self)
 
     def to_networkx(self) -> networkx.MultiDiGraph:
         """Both graphs in one: see `autodeploy.viz.union`."""
-        from autodeploy.viz.union import union
-
         return union(self)
 
     def save(self, path: str | Path) -> None:
-        """Write .html, .txt, .json, .svg, .dot, or .me.json (Model Explorer). Raises OptionError for other endings."""
-        path = Path(path)
-        for ending, write in _writers().items():
-            if path.name.endswith(ending):
-                path.write_text(write(self), encoding="utf-8")
-                return
-        raise OptionError(f"cannot save a diff as {path.name!r}", fix=f"end it with {', '.join(_writers())}")
-
-
-def _writers() -> dict[str, Callable[[GraphDiff], str]]:
-    from autodeploy.viz import export
-    from autodeploy.viz.page import render_page
-    from autodeploy.viz.svg import draw
-
-    return {
-        ".html": render_page,
-        ".me.json": lambda diff: json.dumps(export.to_model_explorer(diff), indent=1),
-        ".json": lambda diff: json.dumps(diff.to_json(), indent=1),
-        ".txt": lambda diff: f"{diff}\n",
-        ".svg": draw,
-        ".dot": export.to_dot,
-    }
-
-
-def _entry_to_json(entry: Entry) -> dict[str, Any]:
-    data: dict[str, Any] = {"kind": entry.kind, "before": list(entry.before), "after": list(entry.after)}
-    if entry.changes:
-        data["changes"] = [[change.what, change.before, change.after] for change in entry.changes]
-    return data | ({"stage": entry.stage} if entry.stage else {})
-
-
-def _entry_from_json(data: dict[str, Any]) -> Entry:
-    changes = tuple(Change(*change) for change in data.get("changes", ()))
-    return Entry(data["kind"], tuple(data["before"]), tuple(data["after"]), changes, data.get("stage", ""))
+        """Write .html, .txt, .json, .svg, .dot, or what Model Explorer opens: both graphs (.me.json), and which node is
+        which (.sync.json). Raises OptionError for other endings.
+        """
+        write(path, self, WRITERS)

@@ -8,6 +8,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
+from autodeploy.viz.changes import Change
 from autodeploy.viz.classify import Entry
 from autodeploy.viz.node import Node
 from autodeploy.viz.snapshot import Snapshot
@@ -16,6 +17,7 @@ GLYPHS = {
     "unchanged": " ",
     "changed": "~",
     "moved": ">",
+    "rewired": "<",
     "merged": "=",
     "replaced": "±",
     "removed": "-",
@@ -68,7 +70,7 @@ def fold(before: Snapshot, after: Snapshot, changed: Sequence[Entry]) -> tuple[B
     """Blocks in the order in which their first difference comes."""
     modules: dict[str, dict[tuple[str, str], list[int]]] = {}
     for index, entry in enumerate(changed):
-        layer, rest = _split(_module(before, after, entry))
+        layer, rest = split_layer(_module(before, after, entry))
         key = (_NUMBER.sub("*", rest), _describe(before, after, entry))
         modules.setdefault(layer, {}).setdefault(key, []).append(index)
     alike: dict[object, list[str]] = {}
@@ -87,7 +89,7 @@ def _block(layers: list[str], modules: dict[str, dict[tuple[str, str], list[int]
     return Block(path, tuple(layers), tuple(lines))
 
 
-def _split(path: str) -> tuple[str, str]:
+def split_layer(path: str) -> tuple[str, str]:
     """A module path as that of the outermost numbered module, and the rest: `model.layers.3` and `mlp.act_fn`."""
     number = _NUMBER.search(path)
     return (path[: number.end()], path[number.end() + 1 :]) if number else (path, "")
@@ -116,8 +118,17 @@ def _describe(before: Snapshot, after: Snapshot, entry: Entry) -> str:
     if entry.kind in ("changed", "moved"):
         details = "; ".join(_detail(change.what, change.before, change.after) for change in entry.changes)
         return f"{GLYPHS[entry.kind]} {_what(others[0])} ({details})"
+    if entry.kind == "rewired":
+        return f"< {_what(others[0])} (reads {_sources(after, entry.changes)})"
     sides = [("-", ones), ("+", others)]
     return ", ".join(f"{sign} {_ops(nodes)}" for sign, nodes in sides if nodes)
+
+
+def _sources(after: Snapshot, changes: Sequence[Change]) -> str:
+    """Where a node reads from now: `5 of prepare_metadata`, a called graph, or `2 that were merged`."""
+    graphs = {node.name: node.graph for node in after.nodes if node.graph}
+    counts = Counter(graphs.get(change.after, "") for change in changes)
+    return ", ".join(f"{number} {f'of {graph}' if graph else 'that were merged'}" for graph, number in counts.items())
 
 
 def _detail(what: str, before: str, after: str) -> str:

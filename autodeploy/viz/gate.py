@@ -7,6 +7,7 @@ import difflib
 import json
 import sys
 from collections.abc import Callable, Iterable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -14,12 +15,11 @@ from torch import fx
 
 from autodeploy.errors import OptionError, UnknownName
 from autodeploy.viz.changes import IGNORABLE
-from autodeploy.viz.diff import GraphDiff
+from autodeploy.viz.diff import WRITERS, GraphDiff
 from autodeploy.viz.duplicates import duplicate_metadata
-from autodeploy.viz.page import render_page
+from autodeploy.viz.history import SCHEMA as TRACE_SCHEMA
 from autodeploy.viz.snapshot import SCHEMA, Snapshot
 from autodeploy.viz.text import print_diff
-from autodeploy.viz.trace import SCHEMA as TRACE_SCHEMA
 from autodeploy.viz.trace import Trace
 
 
@@ -91,11 +91,35 @@ def failures(diff: GraphDiff, fail_on: Iterable[str] | None, expect: dict[str, A
     return found
 
 
-def load(path: Path) -> Snapshot:
-    """The graph in a file: a snapshot (.json), the last stage of a trace (.json), or an exported program (.pt2).
+@dataclass(frozen=True)
+class Source:
+    """A file of a graph: a snapshot or an exported program, or a trace and the stage of it that is meant."""
 
-    Raises OptionError for a file that is none of them.
-    """
+    path: Path
+    graph: Snapshot | Trace
+    stage: int = -1
+
+    @staticmethod
+    def read(text: str) -> Source:
+        """`graph.json`, `trace.json`, `trace.json@share_metadata` or `program.pt2`.
+
+        Raises OptionError for a file that is none of them, UnknownName for a stage that a trace does not have.
+        """
+        path, _, stage = text.rpartition("@") if "@" in text and not Path(text).exists() else (text, "", "")
+        graph = _read_graph(Path(path))
+        if not stage:
+            return Source(Path(path), graph)
+        if isinstance(graph, Trace):
+            return Source(Path(path), graph, graph.index(stage))
+        raise OptionError(f"{path} has no stages, being one graph", fix=f"leave out @{stage}")
+
+    @property
+    def snapshot(self) -> Snapshot:
+        """The graph that is meant."""
+        return self.graph if isinstance(self.graph, Snapshot) else self.graph.stages[self.stage].snapshot
+
+
+def _read_graph(path: Path) -> Snapshot | Trace:
     try:
         if path.suffix == ".pt2":
             import torch
@@ -106,7 +130,7 @@ def load(path: Path) -> Snapshot:
         raise OptionError(f"cannot read {path}: {error}") from error
     schema = data.get("schema") if isinstance(data, dict) else None
     if schema == TRACE_SCHEMA:
-        return Trace.from_json(data).stages[-1].snapshot
+        return Trace.from_json(data)
     if schema == SCHEMA:
         return Snapshot.from_json(data)
     raise OptionError(
@@ -114,10 +138,25 @@ def load(path: Path) -> Snapshot:
     )
 
 
+def compare(before: Source, after: Source | None, ignore: Iterable[str] = ()) -> GraphDiff:
+    """By exact links where both are of one trace. Raises OptionError where one graph is to be compared with nothing."""
+    if after is None and isinstance(before.graph, Trace):
+        return before.graph.diff(ignore=ignore)
+    if after is None:
+        raise OptionError(f"{before.path} is one graph", fix="name another one to compare it with, or a trace")
+    if isinstance(before.graph, Trace) and before.path == after.path:
+        return before.graph.diff(before.stage, after.stage, ignore)
+    return GraphDiff.of(before.snapshot, after.snapshot, ignore=ignore)
+
+
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The arguments of `autodeploy diff`."""
-    parser.add_argument("before", type=Path, help="a saved snapshot or trace (.json), or an exported program (.pt2)")
-    parser.add_argument("after", type=Path)
+    parser.add_argument(
+        "before", help="a saved snapshot or trace (.json), a stage of one (.json@STAGE), or an exported program (.pt2)"
+    )
+    parser.add_argument(
+        "after", nargs="?", help="the same; may be left out after a trace, which then is shown as it is"
+    )
     parser.add_argument(
         "--fail-on", type=_names, metavar="LIST", help=f"of {','.join(CONDITIONS)}; any difference fails by default"
     )
@@ -131,7 +170,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         action="append",
         default=[],
         metavar="FILE",
-        help="write .html, .txt, .json, .svg, .dot or .me.json (repeatable)",
+        help=f"write {', '.join(WRITERS)} (repeatable)",
     )
     parser.add_argument("--html", type=Path, metavar="FILE", help="write a page to look at the difference")
     parser.add_argument("--summary", action="store_true", help="print the summary as JSON, to be kept for --expect")
@@ -146,17 +185,19 @@ def run(args: argparse.Namespace) -> int:
 
     Raises OptionError or UnknownName for what cannot be read or is not known.
     """
-    diff = GraphDiff.of(load(args.before), load(args.after), ignore=args.ignore)
+    before, after = Source.read(args.before), Source.read(args.after) if args.after else None
+    diff = compare(before, after, args.ignore)
     expect = _read_summary(args.expect) if args.expect else None
     found = failures(diff, args.fail_on, expect)
     if args.summary:
         print(json.dumps(diff.summary(), indent=1))
     elif not diff.is_empty:
         print_diff(diff, sys.stdout)
-    for path in args.save:
-        diff.save(path)
-    if args.html:
-        args.html.write_text(render_page(diff), encoding="utf-8")
+    shown = before.graph if isinstance(before.graph, Trace) and after is None else diff
+    for path in (*args.save, *([args.html] if args.html else [])):
+        shown.save(path)
+    if after is None and args.fail_on is None and expect is None:
+        return 0  # looking at what passes did is no check
     for line in found:
         print(line, file=sys.stderr)
     return 1 if found else 0

@@ -11,39 +11,24 @@ import gzip
 import hashlib
 import json
 from html import escape
-from importlib.resources import files
 
-from autodeploy.viz.diff import GraphDiff
+from autodeploy.viz.difference import Difference
+from autodeploy.viz.engine import DRAWING, picture_style, static
+from autodeploy.viz.history import History
 from autodeploy.viz.page_data import page_data
-from autodeploy.viz.palette import COLORS, DASHES
-from autodeploy.viz.trace import Trace
+from autodeploy.viz.palette import COLORS, DASHES, declarations
 
 # In the order in which they are read.
-SCRIPTS = (
-    "data",
-    "step",
-    "boxes",
-    "rows",
-    "layout",
-    "routes",
-    "draw",
-    "outline",
-    "details",
-    "panels",
-    "moves",
-    "main",
-    "input",
-)
+SCRIPTS = (*DRAWING, "outline", "details", "panels", "moves", "main", "input")
 
 
-def render_page(shown: Trace | GraphDiff, title: str = "") -> str:
+def render_page(shown: History | Difference, title: str = "") -> str:
     """The page as text."""
-    static = files("autodeploy.viz") / "static"
     data = gzip.compress(json.dumps(page_data(shown), separators=(",", ":")).encode(), mtime=0)
-    scripts = "\n".join((static / f"{name}.js").read_text(encoding="utf-8") for name in SCRIPTS)
+    scripts = "\n".join(static(f"{name}.js") for name in SCRIPTS)
     parts = {
         "title": escape(title or _title(shown)),
-        "style": f"{_palette()}\n{(static / 'page.css').read_text(encoding='utf-8')}",
+        "style": f"{_palette()}\n{static('page.css')}\n{picture_style()}",
         "script": f'"use strict";\n(() => {{\n{scripts}\n}})();',
         "data": base64.b64encode(data).decode(),
     }
@@ -51,20 +36,19 @@ def render_page(shown: Trace | GraphDiff, title: str = "") -> str:
         f"default-src 'none'; script-src '{_hash(parts['script'])}'; style-src '{_hash(parts['style'])}'; "
         "base-uri 'none'; form-action 'none'"
     )
-    page = (static / "page.html").read_text(encoding="utf-8")
     # Split first, so that nothing put in can be taken for a place to put something in.
-    pieces = page.split("@@")
+    pieces = static("page.html").split("@@")
     return "".join(parts[piece] if index % 2 else piece for index, piece in enumerate(pieces))
 
 
-def render_frame(shown: Trace | GraphDiff) -> str:
+def render_frame(shown: History | Difference) -> str:
     """The page as an element of another one, such as a notebook."""
     attributes = 'sandbox="allow-scripts" width="100%" height="720" frameborder="0"'
     return f'<iframe srcdoc="{escape(render_page(shown))}" {attributes}></iframe>'
 
 
-def _title(shown: Trace | GraphDiff) -> str:
-    if isinstance(shown, GraphDiff):
+def _title(shown: History | Difference) -> str:
+    if isinstance(shown, Difference):
         return f"{shown.before.title or 'before'} → {shown.after.title or 'after'}"
     return "what the passes did"
 
@@ -74,15 +58,12 @@ def _hash(text: str) -> str:
 
 
 def _palette() -> str:
-    """The colours of the kinds of difference as CSS variables and classes."""
-    light = "".join(f"--{kind}-fill:{color.fill};--{kind}-line:{color.line};" for kind, color in COLORS.items())
-    dark = "".join(
-        f"--{kind}-fill:{color.dark_fill};--{kind}-line:{color.dark_line};" for kind, color in COLORS.items()
-    )
+    """All colours as CSS variables, and those of the kinds of difference as classes."""
     classes = "".join(
         f".{kind}{{--fill:var(--{kind}-fill);--line:var(--{kind}-line);--dash:{DASHES[kind] or 'none'}}}"
         for kind in COLORS
     )
+    light, dark = (f"color-scheme:{name};{declarations(name == 'dark')}" for name in ("light", "dark"))
     return (
         f":root{{{light}}}@media (prefers-color-scheme:dark){{:root:not([data-theme=light]){{{dark}}}}}"
         f":root[data-theme=dark]{{{dark}}}{classes}"

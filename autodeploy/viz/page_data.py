@@ -1,29 +1,37 @@
 """What a page shows, as plain data: a pool of node versions, the graphs they make up, and each step between two graphs.
 
-Node ids are those of a trace. Of a diff, a pair has the id that it has in `after`, and the rest of `before` new ones.
-A *place* is a node in one module: a node that moves to another graph or module has two.
+Node ids are those of a trace. Of a difference, a pair has the id that it has in `after`, and the rest of `before` new
+ones. A *place* is a node in one module: a node that moves to another graph or module has two. Each step has a tree of
+its own: what it merged or moved away lies together, by the layers that it served.
 """
 
 from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterator, Sequence
+from collections import Counter
+from collections.abc import Hashable, Iterator, Sequence
 from dataclasses import asdict, dataclass
+from functools import cached_property
 from typing import Any
 
 from autodeploy.viz.arguments import Argument, format_argument
-from autodeploy.viz.diff import GraphDiff
-from autodeploy.viz.fold import GLYPHS, Block
+from autodeploy.viz.classify import PAIRED
+from autodeploy.viz.difference import Difference
+from autodeploy.viz.fold import GLYPHS, Block, split_layer
+from autodeploy.viz.history import History, Stage
 from autodeploy.viz.node import Node
-from autodeploy.viz.story import Story
-from autodeploy.viz.text import which
-from autodeploy.viz.trace import Stage, Trace
+from autodeploy.viz.snapshot import Snapshot
+from autodeploy.viz.text import headline, which
 from autodeploy.viz.tree import Group, build_tree, split_path
 from autodeploy.viz.values import sum_bytes
 
-SCHEMA = "autodeploy.page/1"
+SCHEMA = "autodeploy.page/2"
 INPUTS = "inputs"  # the group of the outermost graph's placeholders
+WAS = "before, layer by layer"  # that of what a step merged or moved into another graph
+_SEVERAL = "read by several layers"
+_FAR = 64  # nodes between a value and the layers that it serves
+_FLAT = 60  # a called graph of so many nodes is one frame, without its modules
 
 Place = tuple[int, tuple[str, ...]]
 _MARK = re.compile("\0(-?\\d+)\0")
@@ -35,6 +43,11 @@ class _Moment:
 
     stage: Stage
     ids: dict[int, int]
+
+    @cached_property
+    def node_of(self) -> dict[Place, Node]:
+        """The node at each place."""
+        return dict(self.places())
 
     def places(self) -> Iterator[tuple[Place, Node]]:
         """Every node with its place, in order."""
@@ -48,76 +61,58 @@ class _Step:
 
     first: _Moment
     last: _Moment
-    diff: GraphDiff
-    story: Story | None
+    diff: Difference
+
+    def kinds(self) -> dict[int, str]:
+        """What happened to the node of each id, where it did not stay as it was."""
+        found: dict[int, str] = {}
+        for entry in self.diff.changed:
+            after = () if entry.kind == "merged" else entry.after
+            ids = [self.first.ids[id] for id in entry.before] + [self.last.ids[id] for id in after]
+            found |= dict.fromkeys(ids, entry.kind)
+        return found
 
 
-def page_data(shown: Trace | GraphDiff) -> dict[str, Any]:
+def page_data(shown: History | Difference) -> dict[str, Any]:
     """The data of a page, ready for JSON."""
     moments = _moments(shown)
     steps = _steps(shown, moments)
-    kinds = _kinds(steps)
     order = _in_order(moments)
-    boxed = _boxed(moments, {id for id, _ in kinds})
-    places = [place for place in order if place in boxed] + [place for place in order if place not in boxed]
-    looks = [(order[place], *(kinds.get((place[0], index)) for index in range(len(steps)))) for place in order]
-    homes = [home for _, home in places[: len(boxed)]]
-    number = {place: index for index, place in enumerate(places)}
+    number = {place: index for index, place in enumerate(order)}
     pool: dict[str, int] = {}
     graphs = [_graph_data(moment, number, pool) for moment in moments]
     return {
         "schema": SCHEMA,
-        "isHistory": isinstance(shown, Trace),
+        "isHistory": isinstance(shown, History),
         "glyphs": GLYPHS,
         "stages": graphs,
         "versions": [json.loads(text) for text in pool],
-        "places": [id for id, _ in places],
-        "tree": _tree_data(
-            build_tree(homes, [look for look, place in zip(looks, order, strict=True) if place in boxed])
-        ),
+        "places": [id for id, _ in order],
         "births": _births(moments),
-        "steps": [_step_data(step, moments) for step in steps],
+        "steps": [_step_data(step, moments, order, number) for step in steps],
     }
 
 
-def _moments(shown: Trace | GraphDiff) -> list[_Moment]:
-    if isinstance(shown, Trace):
+def _moments(shown: History | Difference) -> list[_Moment]:
+    if isinstance(shown, History):
         return [_Moment(stage, {id: id for id in stage.snapshot.by_id}) for stage in shown.stages]
     new = max((node.id for node in shown.after.nodes), default=0) + 1
     ids = {node.id: new + index for index, node in enumerate(shown.before.nodes)}
     for entry in shown.entries:
-        if entry.kind in ("unchanged", "changed", "moved"):
+        if entry.kind in PAIRED:
             ids[entry.before[0]] = entry.after[0]
-    before, after = (
-        Stage(shown.before.title or "before", shown.before),
-        Stage(shown.after.title or "after", shown.after),
-    )
-    return [_Moment(before, ids), _Moment(after, {node.id: node.id for node in shown.after.nodes})]
+    sides = [Stage(side.title or name, side) for side, name in ((shown.before, "before"), (shown.after, "after"))]
+    return [_Moment(sides[0], ids), _Moment(sides[1], {node.id: node.id for node in shown.after.nodes})]
 
 
-def _steps(shown: Trace | GraphDiff, moments: Sequence[_Moment]) -> list[_Step]:
+def _steps(shown: History | Difference, moments: Sequence[_Moment]) -> list[_Step]:
     """All passes as one step, then each."""
-    if isinstance(shown, GraphDiff):
-        return [_Step(moments[0], moments[1], shown, shown.story)]
+    if isinstance(shown, Difference):
+        return [_Step(moments[0], moments[1], shown)]
     last = len(moments) - 1
-    diffs = [shown.diff(index, index + 1) for index in range(last)]
-    steps = [_Step(moments[index], moments[index + 1], diff, diff.story) for index, diff in enumerate(diffs)]
-    if last == 1:
-        return steps
-    # The pass that made the metadata tells its story best: later ones take its fields apart.
-    story = next((step.story for step in steps if step.story), None)
-    return [_Step(moments[0], moments[last], shown.diff(), story), *steps]
-
-
-def _kinds(steps: Sequence[_Step]) -> dict[tuple[int, int], str]:
-    """What happened to the node of an id in each step, where it did not stay as it was."""
-    found: dict[tuple[int, int], str] = {}
-    for index, step in enumerate(steps):
-        for entry in step.diff.changed:
-            after = () if entry.kind == "merged" else entry.after
-            ids = [step.first.ids[id] for id in entry.before] + [step.last.ids[id] for id in after]
-            found |= {(id, index): entry.kind for id in ids}
-    return found
+    pairs = [(index, index + 1) for index in range(last)]
+    whole = [(0, last)] if last > 1 else []
+    return [_Step(moments[one], moments[two], shown.between(one, two)) for one, two in whole + pairs]
 
 
 def _home(node: Node) -> tuple[str, ...]:
@@ -147,15 +142,63 @@ def _chain(following: dict[Place | None, Place | None]) -> Iterator[Place]:
         place = following[place]
 
 
-def _boxed(moments: Sequence[_Moment], changed: set[int]) -> set[Place]:
-    """All but what only hands a value on, and attributes that nothing happens to: their readers name them."""
-    found: set[Place] = set()
-    for moment in moments:
-        passing = moment.stage.snapshot.source_of
+def _tree(step: _Step, order: dict[Place, str], number: dict[Place, int]) -> Group:
+    """The places that have a box in one step, by where they lie in it."""
+    kinds = step.kinds()
+    homes: dict[Place, tuple[str, ...]] = {}
+    looks: dict[Place, Hashable] = {}
+    for moment in (step.first, step.last):
+        snapshot = moment.stage.snapshot
+        flat = {path for path, size in Counter(node.graph for node in snapshot.nodes).items() if size <= _FLAT}
         for place, node in moment.places():
-            if node.id not in passing and (node.op != "get_attr" or place[0] in changed):
-                found.add(place)
-    return found
+            if _has_box(snapshot, node, place[0] in kinds):
+                home = place[1][:1] if node.graph and node.graph in flat else place[1]
+                homes[place], looks[place] = home, (order[place], kinds.get(place[0]))
+    for place in _gone(step):
+        if place in homes:
+            homes[place] = (WAS, _layer_served(step.first.stage.snapshot, step.first.node_of[place]))
+            looks[place] = order[place]
+    places = {number[place]: place for place in order if place in homes}
+    return build_tree(
+        {index: homes[place] for index, place in places.items()},
+        {index: looks[place] for index, place in places.items()},
+    )
+
+
+def _has_box(snapshot: Snapshot, node: Node, is_changed: bool) -> bool:
+    """All but what only hands a value on, the borders of called graphs, and attributes that nothing happens to."""
+    is_border = (node.op == "output" and node.graph) or node.id in snapshot.callers
+    return node.id not in snapshot.source_of and not is_border and (node.op != "get_attr" or is_changed)
+
+
+def _gone(step: _Step) -> Iterator[Place]:
+    """What was merged, or moved to another graph."""
+    after = {step.last.ids[node.id]: node.graph for node in step.last.stage.snapshot.nodes}
+    merged = {step.first.ids[id] for entry in step.diff.changed if entry.kind == "merged" for id in entry.before}
+    for place, node in step.first.places():
+        if place[0] in merged or after.get(place[0], node.graph) != node.graph:
+            yield place
+
+
+def _layer_served(snapshot: Snapshot, node: Node) -> str:
+    """The layer that a node was made for, or whose nodes read it, through nodes that lie in no layer."""
+    if layer := _layer(node):
+        return layer
+    found, pending, seen = set(), [node.id], {node.id}
+    while pending and len(seen) < _FAR:
+        for _, id in snapshot.users[pending.pop()]:
+            layer = _layer(snapshot.by_id[id])
+            found.add(layer)
+            if not layer and id not in seen:
+                seen.add(id)
+                pending.append(id)
+    found.discard("")
+    return found.pop() if len(found) == 1 else _SEVERAL
+
+
+def _layer(node: Node) -> str:
+    layer, _ = split_layer(node.module)
+    return layer if layer != node.module.partition(".")[0] else ""
 
 
 def _graph_data(moment: _Moment, number: dict[Place, int], pool: dict[str, int]) -> dict[str, Any]:
@@ -233,7 +276,9 @@ def _births(moments: Sequence[_Moment]) -> list[list[Any]]:
     return found
 
 
-def _step_data(step: _Step, moments: Sequence[_Moment]) -> dict[str, Any]:
+def _step_data(
+    step: _Step, moments: Sequence[_Moment], order: dict[Place, str], number: dict[Place, int]
+) -> dict[str, Any]:
     before, after, diff = step.first.ids, step.last.ids, step.diff
     kinds = list(GLYPHS)
     return {
@@ -250,7 +295,11 @@ def _step_data(step: _Step, moments: Sequence[_Moment]) -> dict[str, Any]:
             for entry in diff.changed
         ],
         "blocks": [_block_data(block) for block in diff.blocks],
-        "story": asdict(step.story) if step.story else None,
+        "counts": diff.counts,
+        "graphs": sorted({node.graph for node in (*diff.before.nodes, *diff.after.nodes) if node.graph}),
+        "was": WAS,
+        "tree": _tree_data(_tree(step, order, number)),
+        "story": asdict(diff.story) | {"headline": headline(diff.story)} if diff.story else None,
     }
 
 

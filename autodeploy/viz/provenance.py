@@ -16,11 +16,12 @@ from torch import fx
 
 from autodeploy.errors import OptionError
 from autodeploy.graph.meta import NODE_ID
+from autodeploy.viz.history import Stage
 from autodeploy.viz.infer import infer_fates
 from autodeploy.viz.links import Links
 from autodeploy.viz.read import graphs_of
 from autodeploy.viz.snapshot import Snapshot
-from autodeploy.viz.trace import Stage, Trace
+from autodeploy.viz.trace import Trace
 
 
 class Step(Protocol):

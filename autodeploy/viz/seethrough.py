@@ -21,14 +21,14 @@ def see_through(nodes: Sequence[Node]) -> dict[int, int]:
     graph returns one value, the call itself.
     """
     by_id = {node.id: node for node in nodes}
-    calls = _calls(nodes)
-    inner: dict[str, list[Node]] = {path: [] for path in calls}
+    called = calls(nodes)
+    inner: dict[str, list[Node]] = {path: [] for path in called}
     for node in nodes:
         if node.graph in inner:
             inner[node.graph].append(node)
     step: dict[int, int] = {}
     results: dict[int, Argument] = {}
-    for path, call in calls.items():
+    for path, call in called.items():
         passed = [argument for name, argument in call.arguments if name != "module"]
         inputs = [node for node in inner[path] if node.op == "placeholder"]
         step |= {node.id: arg.id for node, arg in zip(inputs, passed, strict=False) if isinstance(arg, Ref)}
@@ -42,7 +42,7 @@ def see_through(nodes: Sequence[Node]) -> dict[int, int]:
     return {id: source for id in step if (source := _follow(id, step)) in by_id}
 
 
-def _calls(nodes: Sequence[Node]) -> dict[str, Node]:
+def calls(nodes: Sequence[Node]) -> dict[str, Node]:
     """The one `call_module` of each called graph; a graph that is called twice has no single source for its inputs."""
     graphs = {node.graph for node in nodes}
     calls: dict[str, list[Node]] = {}

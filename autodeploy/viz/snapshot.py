@@ -18,7 +18,7 @@ from autodeploy.viz.arguments import Ref, format_argument
 from autodeploy.viz.node import Node, node_from_json, node_to_json
 from autodeploy.viz.pause import collector_paused
 from autodeploy.viz.read import graphs_of, read_nodes
-from autodeploy.viz.seethrough import see_through
+from autodeploy.viz.seethrough import calls, see_through
 
 SCHEMA = "autodeploy.snapshot/1"
 
@@ -48,6 +48,11 @@ class Snapshot:
     def position(self) -> dict[int, int]:
         """Place of each id in `nodes`."""
         return {node.id: index for index, node in enumerate(self.nodes)}
+
+    @cached_property
+    def callers(self) -> frozenset[int]:
+        """The one call of each graph that is called once."""
+        return frozenset(node.id for node in calls(self.nodes).values())
 
     @cached_property
     def source_of(self) -> dict[int, int]:

@@ -13,6 +13,7 @@ from autodeploy.viz.node import Node
 from autodeploy.viz.snapshot import Snapshot
 from autodeploy.viz.values import sum_bytes
 
+_COMPUTES = ("call_function", "call_method")
 _SENT = ("", "tokens", "layout")  # roles of inputs that are new in every step; weights and caches are not
 
 
@@ -43,38 +44,41 @@ class Cost:
 
 @dataclass(frozen=True)
 class Story:
-    """`subgraphs`: parts of the old metadata that read nothing of each other. `moved`, `merged`, `replaced`: what
-    became of its nodes.
+    """`subgraphs`: parts of the old metadata that read nothing of each other. `beside`: how many sizes and constants
+    moved along or were merged with it, which are no metadata.
     """
 
     subgraphs: int
-    moved: int
-    merged: int
-    replaced: int
+    beside: int
     fields: tuple[FieldReaders, ...]
     before: Cost
     after: Cost
 
 
 def tell(before: Snapshot, after: Snapshot, entries: Iterable[Entry]) -> Story | None:
-    """The story of the step from `before`, which has no prepare_metadata, to `after`, which has; else None."""
+    """The story of the step from `before`, which has no prepare_metadata, to `after`, which has; else None.
+
+    None, too, where something is computed in prepare_metadata that was not there before: over several passes, the story
+    is that of the pass that shared it.
+    """
     inside = [node for node in after.nodes if _is_inside(node)]
     if not inside or any(_is_inside(node) for node in before.nodes):
         return None
     ids = {node.id for node in inside}
-    counts: Counter[str] = Counter()
     old: dict[int, Node] = {}
+    beside = 0
     for entry in entries:
+        nodes = [before.by_id[id] for id in entry.before]
         if not ids.intersection(entry.after):
+            beside += len(nodes) if entry.kind in ("moved", "merged") else 0
             continue
-        nodes = [node for node in map(before.by_id.__getitem__, entry.before) if node.op != "get_attr"]
-        old |= {node.id: node for node in nodes}
-        counts["moved" if entry.kind == "changed" else entry.kind] += len(nodes)
+        if not nodes and not all(after.by_id[id].free for id in entry.after):
+            return None
+        old |= {node.id: node for node in nodes if node.op in _COMPUTES}
+        beside += sum(node.op not in _COMPUTES for node in nodes)
     return Story(
         subgraphs=_components(before, old),
-        moved=counts["moved"],
-        merged=counts["merged"],
-        replaced=counts["replaced"],
+        beside=beside,
         fields=tuple(_fields(after, inside, ids)),
         before=_cost(before, old.values()),
         after=_cost(after, inside),
@@ -105,13 +109,13 @@ def _fields(after: Snapshot, inside: list[Node], ids: set[int]) -> Iterable[Fiel
         if not isinstance(leaf, Ref):
             continue
         node = after.by_id[leaf.id]
-        users = (after.by_id[user] for _, user in after.users[leaf.id] if user not in ids)
+        users = [after.by_id[user] for user in {user for _, user in after.users[leaf.id]} - ids]
         readers = Counter(user.short_target for user in users if user.id not in after.source_of)
         yield FieldReaders(node.name, node.short_target, ", ".join(map(str, node.values)), dict(readers))
 
 
 def _cost(snapshot: Snapshot, metadata: Iterable[Node]) -> Cost:
-    nodes = [node for node in metadata if node.op in ("call_function", "call_method")]
+    nodes = [node for node in metadata if node.op in _COMPUTES]
     launches = [node for node in nodes if not node.free]
     inputs = (node for node in snapshot.nodes if node.op == "placeholder" and not node.graph)
     return Cost(

@@ -6,25 +6,26 @@ import shutil
 from typing import TYPE_CHECKING, TextIO
 
 from autodeploy import options
+from autodeploy.viz.classify import PAIRED
 from autodeploy.viz.fold import GLYPHS, Block, Line
 
 if TYPE_CHECKING:
     from autodeploy.viz.classify import Entry
-    from autodeploy.viz.diff import GraphDiff
+    from autodeploy.viz.difference import Difference
     from autodeploy.viz.story import Cost, Story
 
 _COLORS = {"-": "31", "+": "32", "~": "33", ">": "36", "=": "35", "@": "1"}
 _SHOWN_MODULES = 6
 
 
-def render(diff: GraphDiff, width: int | None = None, *, color: bool = False) -> str:
+def render(diff: Difference, width: int | None = None, *, color: bool = False) -> str:
     """Summary, metadata story and unified lines; lines longer than `width` columns are cut, if it is given."""
     parts = [summary(diff), *([story(diff.story)] if diff.story else []), unified(diff)]
     lines = "\n\n".join(part for part in parts if part).splitlines()
     return "\n".join(_painted(_cut(line, width), color) for line in lines)
 
 
-def print_diff(diff: GraphDiff, file: TextIO) -> None:
+def print_diff(diff: Difference, file: TextIO) -> None:
     """Print as wide as the terminal and in colour; in full and plain where `file` is none."""
     if not file.isatty():
         print(render(diff), file=file)
@@ -33,12 +34,9 @@ def print_diff(diff: GraphDiff, file: TextIO) -> None:
     print(render(diff, width, color=options.from_environment().color), file=file)
 
 
-def summary(diff: GraphDiff) -> str:
+def summary(diff: Difference) -> str:
     """Counts, then every block with its lines below it."""
-    counts = {kind: number for kind, number in diff.summary()["kinds"].items() if number}
-    sizes = f"{len(diff.before.nodes)} -> {len(diff.after.nodes)} nodes"
-    kinds = ", ".join(f"{number} {kind}" for kind, number in counts.items())
-    lines = [f"{diff.before.title or 'before'} -> {diff.after.title or 'after'}: {sizes} ({kinds})"]
+    lines = [diff.headline()]
     for block in diff.blocks:
         lines += _tree(block)
     return "\n".join(lines)
@@ -86,8 +84,7 @@ def _ranges(names: list[str]) -> list[str]:
 
 def story(told: Story) -> str:
     """What became of the metadata, who reads each field, and the ledger."""
-    fates = f"{told.moved} moved, {told.merged} merged, {told.replaced} replaced"
-    lines = [f"metadata: {told.before.nodes} nodes in {told.subgraphs} subgraphs became one node ({fates})"]
+    lines = [headline(told), f"  ({told.subgraphs} subgraphs; {told.beside} sizes and constants went with them)"]
     rows = [["field", "value", "read by"]]
     for field in told.fields:
         readers = ", ".join(f"{number} x {op}" for op, number in field.readers.items())
@@ -97,6 +94,11 @@ def story(told: Story) -> str:
     rows = [["per step", "before", "after"]]
     rows += [[name, _cost(told.before, name), _cost(told.after, name)] for name in _LEDGER]
     return "\n".join(lines + _table(rows))
+
+
+def headline(told: Story) -> str:
+    """`116 nodes of metadata became one node of 32`"""
+    return f"{told.before.nodes} nodes of metadata became one node of {told.after.nodes}"
 
 
 _LEDGER = ("nodes", "launches", "copies", "bytes")
@@ -112,7 +114,7 @@ def _table(rows: list[list[str]]) -> list[str]:
     return ["  " + "  ".join(map(str.ljust, row, widths)).rstrip() for row in rows]
 
 
-def unified(diff: GraphDiff) -> str:
+def unified(diff: Difference) -> str:
     """The nodes behind each folded line, those of its first layer for all."""
     lines = []
     for block in diff.blocks:
@@ -125,14 +127,14 @@ def unified(diff: GraphDiff) -> str:
     return "\n".join(lines)
 
 
-def _nodes(diff: GraphDiff, entry: Entry) -> list[str]:
+def _nodes(diff: Difference, entry: Entry) -> list[str]:
     ones = [diff.before.format_node(diff.before.by_id[id]) for id in entry.before]
     others = [diff.after.format_node(diff.after.by_id[id]) for id in entry.after]
     if entry.kind == "merged":
         return [f"= {line}" for line in ones] + [f"  {line}" for line in others]
-    if entry.kind in ("changed", "moved"):
+    if entry.kind in PAIRED:
         details = "; ".join(map(str, entry.changes))
-        alone = entry.kind == "moved" or ones == others
+        alone = entry.kind in ("moved", "rewired") or ones == others
         lines = [f"{GLYPHS[entry.kind]} {others[0]}"] if alone else [f"- {ones[0]}", f"+ {others[0]}"]
         return [*lines, f"    {details}"]
     into = [f"    {change}" for change in entry.changes]

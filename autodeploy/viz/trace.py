@@ -1,83 +1,31 @@
-"""The history of a graph through a pipeline: the graph after each pass, and what became of every node."""
+"""The history of a graph through a pipeline, to be looked at, saved and compared step by step."""
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterable
-from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
-from typing import Any
 
 from autodeploy.viz.diff import GraphDiff
-from autodeploy.viz.links import Links
-from autodeploy.viz.node import Node, check_types, node_from_json, node_to_json
-from autodeploy.viz.snapshot import Snapshot, checked, distinct
+from autodeploy.viz.history import History
+from autodeploy.viz.page import render_frame, render_page
+from autodeploy.viz.save import as_json, write
 from autodeploy.viz.story import Story
+from autodeploy.viz.svg import draw
 
-SCHEMA = "autodeploy.trace/1"
-
-
-@dataclass(frozen=True)
-class Stage:
-    """The graph after one pass; a node has the same id in every stage.
-
-    `into` gives for nodes that the pass dropped the ids that their users read instead, and `origins` for new nodes the
-    ids that they were copied from. `error` says why the pass did not finish; the snapshot is then what it left behind.
-    """
-
-    name: str
-    snapshot: Snapshot
-    options: str = ""
-    matches: int = 0
-    seconds: float = 0.0
-    error: str = ""
-    into: dict[int, tuple[int, ...]] = field(default_factory=dict)
-    origins: dict[int, tuple[int, ...]] = field(default_factory=dict)
+WRITERS = {".html": render_page, ".json": as_json, ".txt": lambda trace: f"{trace}\n", ".svg": draw}
 
 
-@dataclass(frozen=True)
-class Trace:
-    """Stages in order; the first is the graph before any pass."""
+class Trace(History):
+    """A `History` that can be compared, printed and saved."""
 
-    stages: tuple[Stage, ...]
+    def diff(self, first: int | str = 0, last: int | str = -1, ignore: Iterable[str] = ()) -> GraphDiff:
+        """What the passes after stage `first` did up to stage `last`, by exact links; stages by number or name.
 
-    def diff(self, first: int = 0, last: int = -1, ignore: Iterable[str] = ()) -> GraphDiff:
-        """What the passes after stage `first` did up to stage `last`, by exact links."""
-        first, last = range(len(self.stages))[first], range(len(self.stages))[last]
-        before, after = self.stages[first].snapshot, self.stages[last].snapshot
-        return GraphDiff.of(before, after, links=self.links(first, last), ignore=ignore)
-
-    def links(self, first: int, last: int) -> Links:
-        """The links of all passes between two stages as one."""
-        links = Links()
-        after = self.stages[last].snapshot.by_id
-        for id in self.stages[first].snapshot.by_id:
-            if id in after:
-                links.pair(id, id, "provenance")
-                continue
-            ends, merged = self._follow(id, first, last)
-            ends = tuple(end for end in ends if end in after)
-            if merged and len(ends) == 1:
-                links.merged[id] = ends[0]
-            elif ends:
-                links.into[id] = ends
-        return links
-
-    def _follow(self, id: int, first: int, last: int) -> tuple[tuple[int, ...], bool]:
-        """What stands for node `id` of stage `first` in stage `last`, and whether it only ever was a duplicate."""
-        current, merged = {id: None}, True
-        for before, stage in zip(self.stages[first:last], self.stages[first + 1 : last + 1], strict=True):
-            following: dict[int, None] = {}
-            for old in current:
-                if old in stage.snapshot.by_id:
-                    following[old] = None
-                    continue
-                new = stage.into.get(old, ())
-                merged &= len(new) == 1 and _is_duplicate(before.snapshot, old, new[0])
-                following |= dict.fromkeys(new)
-            current = following
-        return tuple(current), merged
+        Raises UnknownName for a name that no stage has.
+        """
+        found = self.between(self.index(first), self.index(last), ignore)
+        return GraphDiff(found.before, found.after, found.entries)
 
     @cached_property
     def story(self) -> Story | None:
@@ -85,80 +33,15 @@ class Trace:
         pairs = range(len(self.stages) - 1)
         return next((told for first in pairs if (told := self.diff(first, first + 1).story)), None)
 
-    def made_by(self, id: int) -> str:
-        """The stage that a node first appears in."""
-        return next(stage.name for stage in self.stages if id in stage.snapshot.by_id)
-
-    def origins(self, id: int) -> tuple[int, ...]:
-        """The nodes that it was copied from or stands for."""
-        for stage in self.stages:
-            if id in stage.snapshot.by_id:
-                replaced = (old for old, new in stage.into.items() if id in new)
-                return tuple(dict.fromkeys([*stage.origins.get(id, ()), *replaced]))
-        return ()
-
-    def to_json(self) -> dict[str, Any]:
-        """Plain data with a versioned schema. A node that a pass left as it was is written once for all stages."""
-        pool: dict[str, int] = {}
-        stages = [_stage_to_json(stage, pool) for stage in self.stages]
-        return {"schema": SCHEMA, "nodes": [json.loads(node) for node in pool], "stages": stages}
+    def __str__(self) -> str:
+        steps = range(len(self.stages) - 1)
+        return "\n".join(self.diff(index, index + 1).headline() for index in steps)
 
     def save(self, path: str | Path) -> None:
-        """Write a page (.html), or else JSON, of which `autodeploy diff` reads the last stage."""
-        from autodeploy.viz.page import render_page
-
-        path = Path(path)
-        text = render_page(self) if path.suffix == ".html" else json.dumps(self.to_json()) + "\n"
-        path.write_text(text, encoding="utf-8")
+        """Write a page (.html), the headlines of all steps (.txt), a picture (.svg) of the step that shares metadata or
+        else of all passes, or what `autodeploy diff` opens (.json). Raises OptionError for other endings.
+        """
+        write(path, self, WRITERS)
 
     def _repr_html_(self) -> str:
-        from autodeploy.viz.page import render_frame
-
         return render_frame(self)
-
-    @staticmethod
-    def from_json(data: dict[str, Any]) -> Trace:
-        """What `to_json` wrote. Raises OptionError for anything else."""
-        with checked(data, SCHEMA):
-            if not data["stages"]:
-                raise ValueError("no stages")
-            pool = dict(enumerate(node_from_json(node) for node in data["nodes"]))
-            return Trace(tuple(_stage_from_json(stage, pool) for stage in data["stages"]))
-
-
-_TYPES: dict[str, type] = {"name": str, "options": str, "nodes": list, "into": list, "origins": list}
-
-
-def _is_duplicate(before: Snapshot, old: int, new: int) -> bool:
-    """Whether `new` was there already and does the same to its arguments."""
-    one, other = before.by_id[old], before.by_id.get(new)
-    return other is not None and one.label == other.label
-
-
-def _stage_to_json(stage: Stage, pool: dict[str, int]) -> dict[str, Any]:
-    # Pooled by text, because nodes that differ in 1 and 1.0 are equal in Python.
-    texts = (json.dumps(node_to_json(node)) for node in stage.snapshot.nodes)
-    return {
-        "name": stage.name,
-        "options": stage.options,
-        "matches": stage.matches,
-        "seconds": stage.seconds,
-        "error": stage.error,
-        "nodes": [pool.setdefault(text, len(pool)) for text in texts],
-        "into": [[old, list(new)] for old, new in sorted(stage.into.items())],
-        "origins": [[new, list(old)] for new, old in sorted(stage.origins.items())],
-    }
-
-
-def _stage_from_json(data: dict[str, Any], pool: dict[int, Node]) -> Stage:
-    check_types({key: data[key] for key in _TYPES}, _TYPES, required=())
-    return Stage(
-        data["name"],
-        Snapshot(distinct(pool[index] for index in data["nodes"]), data["name"]),
-        data["options"],
-        data["matches"],
-        data["seconds"],
-        data["error"],
-        {int(old): tuple(map(int, new)) for old, new in data["into"]},
-        {int(new): tuple(map(int, old)) for new, old in data["origins"]},
-    )

@@ -9,7 +9,7 @@ model                       model
 from __future__ import annotations
 
 import re
-from collections.abc import Hashable, Iterable, Iterator, Sequence
+from collections.abc import Hashable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
 MAX_ITEMS = 60  # of one group; what has more is divided into groups in order
@@ -38,15 +38,15 @@ def split_path(path: str) -> tuple[str, ...]:
     return tuple(parts)
 
 
-def build_tree(homes: Iterable[Sequence[str]], looks: Sequence[Hashable]) -> Group:
-    """The tree of nodes 0, 1, ..., each at its path; two modules are alike if their nodes' `looks` are equal in order.
+def build_tree(homes: Mapping[int, Sequence[str]], looks: Mapping[int, Hashable]) -> Group:
+    """The tree of numbered nodes, each at its path; two modules are alike if their nodes' `looks` are equal in order.
 
     Empty homes are the root's. A module of one node is not a group of its own.
     """
     root = Group("", "")
     groups: dict[tuple[str, ...], Group] = {(): root}
-    for index, home in enumerate(homes):
-        _group_of(tuple(home), groups).items.append(index)
+    for number, home in homes.items():
+        _group_of(tuple(home), groups).items.append(number)
     _tidy(root, looks)
     return root
 
@@ -58,7 +58,7 @@ def _group_of(home: tuple[str, ...], groups: dict[tuple[str, ...], Group]) -> Gr
     return groups[home]
 
 
-def _tidy(group: Group, looks: Sequence[Hashable]) -> Hashable:
+def _tidy(group: Group, looks: Mapping[int, Hashable]) -> Hashable:
     """Simplify what is below `group`; returns how it looks."""
     seen: list[Hashable] = []
     items: list[int | Group] = []

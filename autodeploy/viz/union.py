@@ -6,17 +6,18 @@ from typing import TYPE_CHECKING, Any
 
 import networkx
 
+from autodeploy.viz.classify import PAIRED
 from autodeploy.viz.node import Node
 
 if TYPE_CHECKING:
     from autodeploy.viz.classify import Entry
-    from autodeploy.viz.diff import GraphDiff
+    from autodeploy.viz.difference import Difference
     from autodeploy.viz.snapshot import Snapshot
 
 MAX_FAN_OUT = 8  # a tensor that more nodes read is drawn as a name at its readers, not as edges
 
 
-def union(diff: GraphDiff) -> networkx.MultiDiGraph:
+def union(diff: Difference) -> networkx.MultiDiGraph:
     """Nodes `a7` for what is in `after` (with its id), `b7` for what only was in `before`.
 
     Attributes of nodes: kind, name, op, target, text, module, graph, value, changes, `block`, the index of the folded
@@ -44,10 +45,10 @@ def _entries(block: Any) -> list[int]:
     return [index for line in block.content for index in line.entries]
 
 
-def _before_keys(diff: GraphDiff) -> dict[int, str]:
+def _before_keys(diff: Difference) -> dict[int, str]:
     keys = {node.id: f"b{node.id}" for node in diff.before.nodes}
     for entry in diff.entries:
-        if entry.kind in ("unchanged", "changed", "moved"):
+        if entry.kind in PAIRED:
             keys[entry.before[0]] = f"a{entry.after[0]}"
     return keys
 
@@ -72,7 +73,7 @@ def _twins(entry: Entry) -> str:
     return f"1 of {len(entry.before)} duplicates" if entry.kind == "merged" else ""
 
 
-def _add_edges(graph: networkx.MultiDiGraph, diff: GraphDiff, keys: dict[int, str]) -> None:
+def _add_edges(graph: networkx.MultiDiGraph, diff: Difference, keys: dict[int, str]) -> None:
     old = {(keys[source], keys[user], place) for user, args in diff.before.inputs.items() for place, source in args}
     new = {(f"a{source}", f"a{user}", place) for user, args in diff.after.inputs.items() for place, source in args}
     for source, user, place in sorted(old | new):

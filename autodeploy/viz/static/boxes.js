@@ -2,18 +2,76 @@
 
 const MAX_BOXES = 150; // frames included
 const MANY_BOXES = 130; // what opens by itself leaves room for what the reader opens
+const MAX_TRIES = 40; // groups that are tried
+const READABLE = 0.7; // zoom below which a first picture is too small
 
 const CHAR = 7.25; // width of a letter of the boxes' font
 const SMALL = 6.05; // and of its smaller size
 
-// The boxes of a tree with `open` groups, or of the places in `only` alone, whatever is open.
-function arrange(book, open, only) {
+// What a reader sees of a step: the groups that are `open`, and those of them whose unchanged items are shown, too.
+class Openness {
+  constructor(step, width, open = [step.root], whole = []) {
+    this.step = step;
+    this.width = clamp(width / READABLE, 500, 1600) - 40; // of rows
+    this.open = new Set(open);
+    this.whole = new Set(whole);
+  }
+
+  // Whether an item is left out of its frame: nothing happened to it, nor to what is next to it.
+  hides(item, frame) {
+    if (this.whole.has(frame) || this.step.isEmpty) {
+      return false;
+    }
+    if (frame.called) {
+      return !isGroup(item) && !this.step.outputs.has(item) && this.step.outputs.size > 0;
+    }
+    const { step } = this;
+    return isGroup(item) ? step.changesIn(item) === 0 : step.isQuiet(item.index) && !step.context.has(item);
+  }
+
+  numHidden(group) {
+    const hidden = group.items.filter((item) => this.hides(item, group));
+    return hidden.reduce((sum, item) => sum + (isGroup(item) ? this.step.counts[item.index].total : 1), 0);
+  }
+
+  // Open a group, with what is unchanged in it where nothing else is.
+  add(group) {
+    this.open.add(group);
+    if (this.step.changesIn(group) === 0) {
+      this.whole.add(group);
+    }
+  }
+
+  close(group) {
+    this.open.delete(group);
+    this.whole.delete(group);
+  }
+
+  // Show a place or group, whatever is around it.
+  reveal(thing) {
+    let inner = thing;
+    for (const group of this.step.book.around(thing).reverse()) {
+      this.open.add(group);
+      if (this.hides(inner, group)) {
+        this.whole.add(group);
+      }
+      inner = group;
+    }
+  }
+}
+
+// The boxes of a step's tree as far as it is open, or of the places in `only` alone, whatever is open.
+function arrange(shown, only) {
+  const { step } = shown;
+  const { book } = step;
   const owner = new Array(book.places.length); // the box that shows a place
-  const wanted = only && new Set(only.map((place) => place.index));
+  const wanted = only && new Set(only);
   const inFocus = only && new Set(only.flatMap((place) => book.around(place)));
 
   function visit(group, parent) {
     const frame = { key: `g${group.index}`, group, parent, children: [] };
+    frame.maxWidth = parent ? parent.maxWidth - 2 * PADDING : shown.width;
+    frame.numHidden = only ? 0 : shown.numHidden(group);
     for (const item of group.items) {
       const child = isGroup(item) ? visitGroup(item, frame) : visitPlace(item, frame);
       if (child) {
@@ -24,11 +82,14 @@ function arrange(book, open, only) {
   }
 
   function visitGroup(group, frame) {
-    if (only ? inFocus.has(group) : open.has(group)) {
-      return visit(group, frame);
-    }
     if (only) {
+      return inFocus.has(group) ? visit(group, frame) : null;
+    }
+    if (shown.hides(group, frame.group)) {
       return null;
+    }
+    if (shown.open.has(group)) {
+      return visit(group, frame);
     }
     const box = { key: `g${group.index}`, group, parent: frame, ...groupSize(group) };
     for (const place of book.inside(group)) {
@@ -38,23 +99,15 @@ function arrange(book, open, only) {
   }
 
   function visitPlace(place, frame) {
-    if (wanted && !wanted.has(place.index)) {
+    if (only ? !wanted.has(place) : shown.hides(place, frame.group)) {
       return null;
     }
-    const box = { key: `p${place.index}`, place, parent: frame, ...placeSize(book, place) };
+    const box = { key: `p${place.index}`, place, parent: frame, ...placeSize(step, place) };
     owner[place.index] = box;
     return box;
   }
 
-  return { root: visit(book.groups[0], null), owner };
-}
-
-function countBoxes(root) {
-  let number = 0;
-  for (const item of descend(root)) {
-    number += item === root ? 0 : 1;
-  }
-  return number;
+  return { root: visit(step.root, null), owner };
 }
 
 // Every frame and box, outer ones first.
@@ -65,75 +118,78 @@ function* descend(frame) {
   }
 }
 
-// How many boxes there are once `open` is open.
-function numBoxes(book, open) {
-  let number = 0;
-  for (const group of open) {
-    if (book.around(group).every((outer) => open.has(outer))) {
-      number += group.items.length;
+function numBoxes(shown) {
+  const isFrame = (group) => shown.step.book.around(group).every((outer) => shown.open.has(outer));
+  return [...shown.open].filter(isFrame).reduce((sum, group) => {
+    return sum + group.items.filter((item) => !shown.hides(item, group)).length;
+  }, 0);
+}
+
+// What changed in a step, opened as far as it can be read in a window of `width` and `height`: outer groups before
+// inner ones, of layers that look alike the first.
+function openChanged(step, width, height) {
+  const shown = new Openness(step, width);
+  const inside = (group) => group.items.filter((inner) => isGroup(inner) && isWanted(step, inner));
+  const isGone = (group) => step.book.around(group).some((outer) => outer.isWas);
+  const weight = (group) => (group.isWas ? 0 : group.called ? 1 : isGone(group) ? 3 : isInputs(step, group) ? 4 : 2);
+  let pending = inside(step.root);
+  for (let tries = 0; pending.length && tries < MAX_TRIES; tries += 1) {
+    pending.sort((one, other) => weight(one) - weight(other) || one.index - other.index);
+    const group = pending.shift();
+    shown.open.add(group);
+    if (numBoxes(shown) <= MANY_BOXES && fits(new Scene(shown), width, height)) {
+      pending.push(...inside(group));
+    } else {
+      shown.open.delete(group);
     }
   }
-  return number;
+  return shown;
 }
 
-// The branches that changed, as far as there is room: of layers the first, and what was merely removed last; the
-// outermost and smallest before others.
-function openChanged(book, step) {
-  const open = new Set([book.groups[0]]);
-  const numRemoved = (group) => step.counts[group.index].kinds.removed ?? 0;
-  for (const isWanted of [(group) => step.changesIn(group) > numRemoved(group), (group) => numRemoved(group) > 0]) {
-    let pending = [book.groups[0]];
-    while (pending.length) {
-      const inner = pending.flatMap((group) => group.items.filter(isGroup)).filter((group) => !isPutAway(book, group));
-      inner.sort((one, other) => one.items.length - other.items.length || one.index - other.index);
-      pending = inner.filter((group) => open.has(group) || (isWanted(group) && addIfRoom(book, open, group)));
-    }
-  }
-  return open;
-}
-
-function addIfRoom(book, open, group) {
-  open.add(group);
-  if (numBoxes(book, open) > MANY_BOXES) {
-    open.delete(group);
-  }
-  return open.has(group);
-}
-
-// Inputs, and all of a row of layers but the first.
-function isPutAway(book, group) {
+// Changed, and neither what is put away behind a layer that looks the same, nor one of several that are gone.
+function isWanted(step, group) {
   const family = (label) => label.replace(/\d+/g, "*");
   const first = group.parent.items.find((item) => isGroup(item) && family(item.label) === family(group.label));
-  const isInput = (place) => place.versions[0].op === "placeholder";
-  return group.alike || first !== group || [...book.inside(group)].every(isInput);
+  return step.changesIn(group) > 0 && !group.alike && (first === group || group.called);
 }
 
-// Close what was opened first until `group` and all around it fit. Returns whether they do.
-function makeRoom(book, open, group) {
-  const needed = new Set([...book.around(group), group]);
-  for (const other of [...needed]) {
-    open.delete(other);
-    open.add(other);
-  }
-  for (const other of [...open]) {
-    if (numBoxes(book, open) <= MAX_BOXES) {
-      break;
-    }
-    if (!needed.has(other)) {
-      open.delete(other);
-    }
-  }
-  return numBoxes(book, open) <= MAX_BOXES;
+function groupOf(thing) {
+  return isGroup(thing) ? thing : thing.group;
 }
 
-// Sizes hold for all versions, so that a box is the same in every step.
-function placeSize(book, place) {
-  const ports = place.versions.map((version) => portNames(book, version).join(", ").length + 2);
-  const titles = place.versions.map((version) => titleOf(place, version).length + 2);
-  const below = place.versions.map((version) => valueText(version).length + readersText(place).length + 2);
+function isInputs(step, group) {
+  return [...step.book.inside(group)].every((place) => place.versions[0].op === "placeholder");
+}
+
+function fits({ root }, width, height) {
+  return Math.min(width / (root.w + 24), height / (root.h + 24)) >= READABLE;
+}
+
+// Close what was opened first until `group` and all around it fit.
+function makeRoom(shown, group) {
+  const needed = new Set([...shown.step.book.around(group), group]);
+  const isTooMuch = () => numBoxes(shown) > MAX_BOXES;
+  for (const other of [...shown.open].filter((open) => !needed.has(open))) {
+    if (isTooMuch()) {
+      shown.close(other);
+    }
+  }
+  for (const other of needed) {
+    if (isTooMuch()) {
+      shown.whole.delete(other);
+    }
+  }
+}
+
+function placeSize(step, place) {
+  const { before, after } = step.sides[place.index];
+  const versions = [before, after].filter((version) => version);
+  const ports = versions.map((version) => portNames(step.book, version).join(", ").length + 2);
+  const titles = versions.map((version) => titleOf(place, version).length + 2);
+  const below = versions.map((version) => valueText(version).length + readersText(step, place).length + 2);
   const letters = [
     Math.max(...titles) * CHAR + 16,
-    Math.max(...place.versions.map((version) => version.name.length + 2)) * SMALL + 16,
+    Math.max(...versions.map((version) => version.name.length + 2)) * SMALL + 16,
     Math.max(...ports) * SMALL + 16,
     Math.max(...below) * SMALL + 4,
   ];
@@ -181,8 +237,9 @@ function portName(place) {
 }
 
 // How many read what is drawn without edges.
-function readersText(place) {
-  return place.far && place.fanOut ? `  ▸ ${place.fanOut} reader${place.fanOut > 1 ? "s" : ""}` : "";
+function readersText(step, place) {
+  const number = place.far || step.outputs.has(place) ? step.numReaders.get(place.index) : 0;
+  return number ? `  ▸ ${number} reader${number > 1 ? "s" : ""}` : "";
 }
 
 // Shape and dtype; a node that was never run has none.

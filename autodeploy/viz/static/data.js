@@ -1,7 +1,7 @@
 // The data of the page, unpacked: what there is, whatever is shown of it.
 
 const MAX_FAN_OUT = 8; // a tensor that more nodes read is a name at its readers, not edges
-const KINDS = ["unchanged", "changed", "moved", "merged", "replaced", "removed", "added"];
+const KINDS = ["unchanged", "changed", "moved", "rewired", "merged", "replaced", "removed", "added"];
 
 async function unpack(text) {
   const bytes = Uint8Array.from(atob(text.trim()), (letter) => letter.charCodeAt(0));
@@ -36,14 +36,10 @@ class Book {
     }
     this.byId = new Map(this.places.map((place) => [place.id, place]));
     this.stages = data.stages.map((stage) => this.readStage(stage, data.places));
-    this.groups = data.tree.map(([label, path, alike], index) => {
-      return { index, label, path, alike, parent: null, items: [] };
-    });
-    data.tree.forEach(([, , , items], index) => this.nest(this.groups[index], items));
     this.births = new Map(data.births.map(([id, stage, origins]) => [id, { stage, origins }]));
     this.steps = data.steps;
     this.isHistory = data.isHistory;
-    this.edges = this.readEdges();
+    this.findFar();
   }
 
   readStage(stage, ids) {
@@ -51,21 +47,8 @@ class Book {
     return { ...stage, at };
   }
 
-  nest(group, items) {
-    for (const item of items) {
-      const inner = item < 0 ? this.groups[-item] : this.places[item];
-      if (item < 0) {
-        inner.parent = group;
-      } else {
-        inner.group = group;
-      }
-      group.items.push(inner);
-    }
-  }
-
-  // Which place reads which, in any of the graphs: Map of key(source, user) to [source, user].
-  readEdges() {
-    const edges = new Map();
+  // How many read each place at most, and which of them are too many for edges.
+  findFar() {
     for (const stage of this.stages) {
       const fanOut = new Int32Array(this.places.length);
       for (const version of stage.at.values()) {
@@ -73,7 +56,6 @@ class Book {
         for (const source of sources) {
           if (source !== undefined && source !== version) {
             fanOut[source.place] += 1;
-            edges.set(this.key(source.place, version.place), [source.place, version.place]);
           }
         }
       }
@@ -81,7 +63,6 @@ class Book {
     }
     const far = new Set(this.places.filter(reachesFar).map((place) => place.id));
     this.places.forEach((place) => (place.far = far.has(place.id)));
-    return edges;
   }
 
   key(source, user) {

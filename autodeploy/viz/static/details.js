@@ -8,10 +8,16 @@ class Details {
   draw(panel) {
     const { selected, step } = this.page;
     panel.replaceChildren();
+    if (selected) {
+      const close = html("button", "close", "×");
+      close.dataset.act = "closeDetails";
+      close.ariaLabel = "Close the details";
+      panel.append(close);
+    }
     if (!selected) {
-      const hint = "Click a box, search, or press n for the first change and ? for all keys.";
-      panel.append(html("h2", "", "Nothing selected"), html("p", "dim", hint));
-    } else if (isGroup(selected)) {
+      return;
+    }
+    if (isGroup(selected)) {
       this.drawGroup(panel, selected);
     } else {
       this.drawPlace(panel, selected, step.sides[selected.index] ?? {});
@@ -19,8 +25,9 @@ class Details {
   }
 
   drawGroup(panel, group) {
-    const { step, open } = this.page;
-    panel.append(html("h2", "", groupLabel(group)), this.badge(step.kindOf(group)));
+    const { step, shown } = this.page;
+    const kinds = step.kindsIn(group).join(", ") || "unchanged";
+    panel.append(html("h2", "", groupLabel(group)), this.badge(step.kindOf(group), kinds));
     const versions = [...this.page.book.inside(group)].flatMap((place) => place.versions);
     const type = versions.find((version) => version.module === group.path);
     const rows = [
@@ -29,7 +36,7 @@ class Details {
       ["alike", group.alike ? `${group.alike} modules that look the same in every step` : ""],
       ["in this step", countsText(step, group, true)],
     ];
-    panel.append(this.table(rows), html("p", "dim", `Enter ${open.has(group) ? "closes" : "opens"} it.`));
+    panel.append(this.table(rows), html("p", "dim", `Enter ${shown.open.has(group) ? "closes" : "opens"} it.`));
   }
 
   drawPlace(panel, place, side) {
@@ -60,7 +67,7 @@ class Details {
   }
 
   badge(kind, text = kind) {
-    return html("span", `badge ${kind}`, `${this.page.book.glyphs[kind]} ${text}`.trim());
+    return html("span", `badge ${kind}`, `${this.page.book.glyphs[kind] ?? ""} ${text}`.trim());
   }
 
   table(rows) {
@@ -177,7 +184,7 @@ class Details {
       return;
     }
     const reads = ([, version]) => version.inputs.some((part, index) => index % 2 && part === place.id);
-    const readers = [...stage.at].filter(reads);
+    const readers = [...stage.at].filter((one) => reads(one) && !(one[1].op === "output" && one[1].graph));
     this.section(panel, `read by ${readers.length}`, ...this.nodeLinks(readers.map(([id]) => id)));
   }
 }

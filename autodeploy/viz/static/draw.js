@@ -1,4 +1,4 @@
-// Draws the scene as SVG for one step. What is drawn depends on the step, where it is does not; text goes in as text.
+// Draws the scene as SVG: in a page, and where there is no page, for a file. Text goes in as text.
 
 const SVG = "http://www.w3.org/2000/svg";
 const NO_VALUE = "∅"; // marks a node of which no shape or dtype is known
@@ -17,9 +17,9 @@ function svg(parent, tag, attributes, text) {
 
 // `shown` are the sides to be drawn: BEFORE, AFTER or BOTH.
 class Picture {
-  constructor(scene, step, shown, selected) {
+  constructor(scene, shown, selected) {
     this.scene = scene;
-    this.step = step;
+    this.step = scene.step;
     this.shown = shown;
     this.selected = selected && scene.itemOf(selected);
     this.picked = selected;
@@ -30,8 +30,9 @@ class Picture {
     const [width, height] = [root.w + 24, root.h + 24];
     const size = { width: Math.round(width * zoom), height: Math.round(height * zoom) };
     const view = { viewBox: `-12 -12 ${width} ${height}`, role: "group", "aria-label": "Graph" };
-    const picture = svg(null, "svg", { class: "picture", ...view, ...size });
+    const picture = svg(null, "svg", { class: "ad-picture", ...view, ...size });
     const items = [...descend(root)].filter((item) => item !== root && this.isShown(item));
+    this.drawRoot(picture, root);
     items.filter((item) => item.children).forEach((frame) => this.drawFrame(picture, frame));
     this.drawLinks(picture);
     this.drawFates(picture);
@@ -65,18 +66,33 @@ class Picture {
     return element;
   }
 
+  // What all of it is, above everything.
+  drawRoot(picture, root) {
+    const text = svg(picture, "text", { class: "dim", x: root.x + PADDING, y: root.y + 15 }, "");
+    this.drawHidden(text, root, 0);
+  }
+
+  drawHidden(text, frame, dx) {
+    if (frame.numHidden) {
+      const label = hiddenText(frame);
+      svg(text, "tspan", { class: "port", dx, "data-whole": frame.group.index }, label);
+    }
+  }
+
   drawFrame(picture, frame) {
     const { group } = frame;
     const { kinds } = this.step.counts[group.index];
-    const kind = Object.keys(kinds).length === 1 ? this.step.kindOf(group) : "unchanged";
-    const summary = countsText(this.step, group, true);
+    const kind = Object.keys(kinds).length === 1 || group.isWas ? this.step.kindOf(group) : "unchanged";
+    const summary = countsText(this.step, group, true, frame.numHidden > 0);
     const label = `${groupLabel(group)} ${group.alike ? `(${group.alike} alike)` : ""}`;
     const element = this.group(picture, frame, kind, `${group.path}, open. ${summary}`);
     svg(element, "rect", { class: "border", x: frame.x, y: frame.y, width: frame.w, height: frame.h, rx: 7 });
     svg(element, "rect", { class: "bar", x: frame.x, y: frame.y, width: frame.w, height: TITLE, rx: 7 });
     const text = svg(element, "text", { class: "name", x: frame.x + 9, y: frame.y + 15 }, `▾ ${label}`);
-    const room = Math.floor((frame.w - label.length * CHAR - 46) / SMALL);
+    const hidden = hiddenText(frame).length + 2;
+    const room = Math.floor((frame.w - label.length * CHAR - 46) / SMALL) - hidden;
     svg(text, "tspan", { class: "dim", dx: 10 }, shorten(summary, Math.max(room, 1)));
+    this.drawHidden(text, frame, 10);
   }
 
   drawBox(picture, box) {
@@ -97,7 +113,7 @@ class Picture {
       svg(element, "rect", { class: "shadow", x: box.x + 4, y: box.y + 4, width: box.w, height: box.h, rx: 5 });
     }
     svg(element, "rect", { class: "border", x: box.x, y: box.y, width: box.w, height: box.h, rx: 5 });
-    const glyph = this.step.book.glyphs[kind].trim();
+    const glyph = this.step.glyphOf(group);
     svg(element, "text", { class: "name", x: box.x + 9, y: box.y + 18 }, `▸ ${label}`);
     svg(element, "text", { class: "name end glyph", x: box.x + box.w - 8, y: box.y + 18 }, glyph);
     const times = group.alike ? `${group.alike} ×  ` : "";
@@ -111,10 +127,10 @@ class Picture {
     const sources = new Set();
     for (const { from, edges } of this.scene.links.values()) {
       if (from === box) {
-        edges.filter((edge) => this.bits(edge) & this.shown).forEach(([source]) => sources.add(source));
+        edges.filter(([, , bits]) => bits & this.shown).forEach(([source]) => sources.add(source));
       }
     }
-    const versions = [...sources].map((index) => this.version(this.scene.book.places[index])).filter((found) => found);
+    const versions = [...sources].map((index) => this.version(this.step.book.places[index])).filter((found) => found);
     return versions.length === 1 ? valueText(versions[0]) : versions.length ? `${versions.length} tensors` : "";
   }
 
@@ -141,7 +157,7 @@ class Picture {
       svg(mark, "title", {}, "no shape or dtype is known of this node");
     }
     const differs = side.before && side.after && side.before.value !== side.after.value;
-    this.drawValue(element, box, `${valueText(version)}${readersText(place)}`.trim(), differs);
+    this.drawValue(element, box, `${valueText(version)}${readersText(this.step, place)}`.trim(), differs);
   }
 
   drawValue(element, box, text, differs) {
@@ -154,7 +170,7 @@ class Picture {
   // Names of what is read from far away, as many as fit.
   drawPorts(element, box, version) {
     let room = Math.floor((box.w - 26) / SMALL);
-    const sources = farInputs(this.scene.book, version);
+    const sources = farInputs(this.step.book, version);
     if (sources.length === 0) {
       return;
     }
@@ -173,17 +189,15 @@ class Picture {
     });
   }
 
-  bits([source, user]) {
-    return this.step.edges.get(this.step.book.key(source, user)) ?? 0;
-  }
-
   drawLinks(picture) {
     const layer = svg(picture, "g", { class: "links" });
     for (const link of this.scene.links.values()) {
-      const kind = edgeKind(link.edges.map((edge) => this.bits(edge)), this.shown);
+      const isFate = link.sort === "fate";
+      const kind = linkKind(link, this.shown);
       if (kind) {
         const touching = link.from === this.selected || link.to === this.selected ? " touching" : "";
-        svg(layer, "path", { class: `link ${kind}-link${touching}`, d: pathOf(this.scene.routes.get(link.key)) });
+        const path = svg(layer, "path", { class: `link ${kind}-link${touching}`, d: pathOf(link) });
+        svg(path, "title", {}, isFate ? `${link.edges.length} nodes became this` : `${link.edges.length} read`);
       }
     }
   }
@@ -215,9 +229,14 @@ function relatives(step, place) {
 }
 
 // "42 nodes  ~3 +1", or "42 nodes, 3 changed, 1 added"
-function countsText(step, group, inWords = false) {
+function countsText(step, group, inWords = false, isShort = false) {
   const { kinds, total } = step.counts[group.index];
   const wordOf = (kind) => (inWords ? `${kinds[kind]} ${kind}` : `${step.book.glyphs[kind]}${kinds[kind]}`);
   const changed = KINDS.slice(1).filter((kind) => kinds[kind]).map(wordOf);
-  return [`${total} node${total === 1 ? "" : "s"}`, ...changed].join(inWords ? ", " : "  ");
+  const all = isShort && changed.length ? [] : [`${total} node${total === 1 ? "" : "s"}`];
+  return [...all, ...changed].join(inWords ? ", " : "  ");
+}
+
+function hiddenText({ numHidden, group }) {
+  return numHidden ? `⋯ ${numHidden} ${group.called ? "inside" : "unchanged"}` : "";
 }

@@ -11,6 +11,8 @@ function actionsOf(page) {
     fewer: () => page.moreHops(-1),
     more: () => page.moreHops(1),
     leave: () => page.setFocus(null),
+    changes: () => byId("changes").toggleAttribute("hidden"),
+    closeDetails: () => page.select(null),
   };
 }
 
@@ -28,8 +30,9 @@ function keysOf(page, actions) {
     "/": () => byId("query").focus(),
     Enter: open,
     " ": open,
-    e: () => page.setOpen(openChanged(page.book, step)),
-    c: () => page.setOpen(new Set([page.book.groups[0]])),
+    e: () => page.setOpen(openChanged(step, page.panes.clientWidth, page.panes.clientHeight)),
+    c: () => page.setOpen(new Openness(step, page.panes.clientWidth, [step.root], [step.root])),
+    u: () => page.toggleWhole(page.selected ? groupOf(page.selected) : step.root),
     f: () => page.setFocus(page.focus ? null : selectedPlace?.group ? { place: selectedPlace, hops: 1 } : null),
     "[": actions.fewer,
     "]": actions.more,
@@ -67,7 +70,9 @@ function listenToKeys(page, actions) {
   });
 }
 
-const CLICKABLE = ["act", "view", "step", "line", "go", "port", "unfold", "key"].map((name) => `[data-${name}]`).join();
+const CLICKABLE = ["act", "view", "step", "line", "go", "port", "whole", "unfold", "key"]
+  .map((name) => `[data-${name}]`)
+  .join();
 
 function listenToMouse(page, actions) {
   document.addEventListener("click", (event) => {
@@ -89,6 +94,8 @@ function listenToMouse(page, actions) {
     } else if (dataset.port) {
       const source = page.book.places[Number(dataset.port)];
       page.select(page.step.placeOf(source.id) ?? source, { reveal: true });
+    } else if (dataset.whole) {
+      page.toggleWhole(page.step.groups[Number(dataset.whole)]);
     } else if (dataset.unfold) {
       page.unfolded.add(dataset.unfold);
       page.draw();
@@ -152,7 +159,7 @@ function listenToPanes(page) {
   panes.addEventListener("wheel", (event) => {
     if (event.ctrlKey) {
       event.preventDefault();
-      page.setZoom(page.zoom * (event.deltaY < 0 ? 1.1 : 1 / 1.1));
+      page.setZoom(page.zoom * (event.deltaY < 0 ? 1.1 : 1 / 1.1), { x: event.clientX, y: event.clientY });
     }
   }, { passive: false });
   panes.addEventListener("scroll", ({ target }) => {
@@ -164,6 +171,8 @@ function listenToPanes(page) {
   }, { capture: true });
 }
 
+const NARROW = 700; // pixels below which the panels lie over the graph, and are closed at first
+
 async function start() {
   const page = new Page(new Book(await unpack(byId("data").textContent)));
   const actions = actionsOf(page);
@@ -172,6 +181,8 @@ async function start() {
   listenToSearch(page);
   listenToPanes(page);
   byId("slider").addEventListener("input", (event) => page.goTo(Number(event.target.value)));
+  window.addEventListener("hashchange", () => location.hash !== page.address && page.visit(location.hash));
+  byId("changes").hidden = window.innerWidth < NARROW;
   page.start();
   document.documentElement.dataset.ready = "yes";
 }

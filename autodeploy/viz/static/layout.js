@@ -5,33 +5,77 @@
 
 const PADDING = 12;
 const TITLE = 22;
-const ISLAND_WIDTH = 900; // what nothing is connected to goes on below from here on,
-const SIDE_WIDTH = 240; // or from here on where it is beside what edges lead to
+const SIDE_WIDTH = 240; // of what nothing is connected to, where it is beside what edges lead to
 const GAP_X = 16;
-const GAP_Y = 38; // room for a shape under each box
+const GAP_Y = 36;
 
-// `links` are [from, to] pairs of boxes. Sets x, y, w, h of every box and frame; returns the points of each link.
+// `links` are { from, to, edges }. Sets x, y, w, h of every box and frame, and of each link its points, from the upper
+// end to the lower, and whether it goes up.
 function layOut(root, links) {
-  const wired = links.filter(([from, to]) => from !== to);
   for (const frame of descend(root)) {
     frame.wires = new Map();
   }
-  const spans = wired.map(([from, to]) => connect(from, to));
+  const back = backward(links);
+  const spans = links.map((link) => {
+    link.isUp = back.has(link);
+    return link.isUp ? connect(link.to, link.from) : connect(link.from, link.to);
+  });
   measure(root);
   put(root, 0, 0);
-  return new Map(wired.map(([from, to], index) => [`${from.key}>${to.key}`, route(from, to, spans[index])]));
+  links.forEach((link, index) => {
+    const [upper, lower] = link.isUp ? [link.to, link.from] : [link.from, link.to];
+    link.points = route(upper, lower, spans[index]);
+  });
 }
 
-// Give each frame between two boxes its part of the edge; returns these frames with the keys of their wires, in order.
-function connect(from, to) {
-  const ups = framesAround(from);
-  const downs = framesAround(to);
+// The links that close a circle: of each circle the thinnest part.
+function backward(links) {
+  const frames = new Map();
+  for (const link of links) {
+    const { ups, downs, common } = meeting(link.from, link.to);
+    const ends = { link, from: childOf(ups, link.from, common), to: childOf(downs, link.to, common) };
+    frames.set(ups[common], [...(frames.get(ups[common]) ?? []), ends]);
+  }
+  return new Set([...frames.values()].flatMap((ends) => againstOrder(ends)));
+}
+
+function againstOrder(ends) {
+  const waiting = new Map(ends.flatMap(({ from, to }) => [[from, 0], [to, 0]]));
+  const after = new Map([...waiting.keys()].map((item) => [item, []]));
+  for (const end of ends) {
+    waiting.set(end.to, waiting.get(end.to) + end.link.edges.length);
+    after.get(end.from).push(end);
+  }
+  const order = new Map();
+  while (waiting.size) {
+    const next = [...waiting].reduce((best, one) => (one[1] < best[1] ? one : best))[0];
+    waiting.delete(next);
+    order.set(next, order.size);
+    for (const { to, link } of after.get(next).filter((end) => waiting.has(end.to))) {
+      waiting.set(to, waiting.get(to) - link.edges.length);
+    }
+  }
+  return ends.filter(({ from, to }) => order.get(from) > order.get(to)).map(({ link }) => link);
+}
+
+// The frames around both ends, and the place of the innermost that both have.
+function meeting(from, to) {
+  const [ups, downs] = [framesAround(from), framesAround(to)];
   let common = 0;
   while (common + 1 < Math.min(ups.length, downs.length) && ups[common + 1] === downs[common + 1]) {
     common += 1;
   }
+  return { ups, downs, common };
+}
+
+function childOf(frames, box, index) {
+  return frames[index + 1] ?? box;
+}
+
+// Give each frame between two boxes its part of the edge; returns these frames with the keys of their wires, in order.
+function connect(from, to) {
+  const { ups, downs, common } = meeting(from, to);
   const signal = from.key;
-  const childOf = (frames, box, index) => frames[index + 1] ?? box;
   const spans = [];
   for (let index = ups.length - 1; index > common; index -= 1) {
     spans.push(wire(ups[index], signal, childOf(ups, from, index), null));
@@ -70,12 +114,12 @@ function measure(frame) {
   const islands = frame.children.filter((child) => !connected.has(child));
   // No box may be on the way of an edge that enters or leaves.
   const isPassed = wires.some(({ from, to }) => !from || !to);
-  const block = placeIslands(islands, isPassed ? SIDE_WIDTH : ISLAND_WIDTH);
-  const rows = makeRows(frame.children.filter((child) => connected.has(child)), wires);
+  const block = placeIslands(islands, isPassed ? SIDE_WIDTH : frame.maxWidth);
+  const rows = makeRows(frame.children.filter((child) => connected.has(child)), wires, frame.maxWidth);
   orderRows(rows);
   const width = alignRows(rows);
-  const bottom = Math.max(stackRows(rows, isPassed ? 0 : block.h), block.h - 14);
-  const title = groupLabel(frame.group).length * CHAR + 120;
+  const bottom = Math.max(stackRows(rows, isPassed ? 0 : block.h), block.h - 18);
+  const title = groupLabel(frame.group).length * CHAR + (frame.numHidden ? 230 : 130);
   const left = isPassed ? block.w : 0;
   const widest = Math.max(left + width, block.w, frame.parent ? title : 0);
   shiftRows(rows, left + PADDING, TITLE + 6);
@@ -114,9 +158,11 @@ function stackRows(rows, top) {
   for (const row of rows) {
     row.y = y;
     row.h = Math.max(0, ...row.map((cell) => (cell.item ? cell.item.h : 0)));
-    y += row.h + (row.some((cell) => cell.item) ? GAP_Y : 8);
+    // Room for a shape under each box.
+    const items = row.flatMap((cell) => cell.item ?? []);
+    y += row.h + (items.some((item) => !item.children) ? GAP_Y : items.length ? GAP_Y - 8 : 8);
   }
-  return Math.max(0, y - 14);
+  return Math.max(0, y - 18);
 }
 
 function shiftRows(rows, dx, dy) {

@@ -1,8 +1,8 @@
 // Ways through the graph: to the next change, to a neighbour, and to what is a few edges away.
 
 // The places around one, up to `hops` edges away in any of the graphs; not on through a tensor that everything reads.
-function nearby(book, start, hops) {
-  const near = neighbours(book);
+function nearby(step, start, hops) {
+  const near = neighbours(step);
   const found = new Set([start]);
   let border = [start];
   for (let hop = 0; hop < hops && found.size < MAX_BOXES / 2; hop += 1) {
@@ -14,21 +14,21 @@ function nearby(book, start, hops) {
   return [...found];
 }
 
-function neighbours(book) {
-  if (!book.near) {
-    book.near = new Map();
+function neighbours(step) {
+  if (!step.around) {
+    step.around = new Map();
     const add = (one, other) => {
-      if (!book.near.has(one)) {
-        book.near.set(one, []);
+      if (!step.around.has(one)) {
+        step.around.set(one, []);
       }
-      book.near.get(one).push(book.places[other]);
+      step.around.get(one).push(step.book.places[other]);
     };
-    for (const [source, user] of book.edges.values()) {
+    for (const [source, user] of step.edges) {
       add(source, user);
       add(user, source);
     }
   }
-  return book.near;
+  return step.around;
 }
 
 // A place that shows an entry, one with a box if there is any: the result of a group is its last node.
@@ -69,14 +69,15 @@ const KEYS = [
   ["j  k", "next and previous pass"],
   ["n  p", "next and previous change"],
   ["N  P", "the same change in the next and previous layer"],
-  ["/", "search"],
+  ["/", "search; /…/ is a regular expression"],
   ["arrows", "go to the box, or line, in that direction"],
   ["Enter", "open or close the selected module"],
   ["e  c", "open what changed in this step, close everything"],
+  ["u", "what is unchanged in the selected module, or in all, and back"],
   ["f", "only what is near the selected node, and back"],
   ["[  ]", "fewer and more edges around it"],
   ["1  2  3", "merged, side by side, text"],
-  ["+  −  0", "larger, smaller, fit the width and back"],
+  ["+  −  0", "larger, smaller, all of it and back"],
   ["t", "light or dark"],
   ["Esc", "leave the search, the focus, the selection"],
   ["?", "this list"],

@@ -32,9 +32,9 @@ function isPlain(name, pieces) {
 }
 
 class Outline {
-  constructor(scene, step, selected, unfolded) {
+  constructor(scene, selected, unfolded) {
     this.scene = scene;
-    this.step = step;
+    this.step = scene.step;
     this.selected = selected && scene.itemOf(selected);
     this.unfolded = unfolded; // keys of the first lines of stretches that are shown all the same
   }
@@ -47,7 +47,12 @@ class Outline {
   }
 
   drawFrame(list, frame, depth) {
-    const items = frame.children.filter((item) => this.isShown(item));
+    const items = frame.children;
+    if (frame.numHidden) {
+      const row = this.row("more", depth, " ", hiddenText(frame));
+      row.dataset.whole = frame.group.index;
+      list.append(row);
+    }
     for (let index = 0; index < items.length; index += 1) {
       const run = this.unchangedRun(items, index);
       if (run.length >= SHORTEST_RUN && !this.unfolded.has(run[0].key)) {
@@ -59,10 +64,6 @@ class Outline {
         index += Math.max(0, run.length - 1);
       }
     }
-  }
-
-  isShown(item) {
-    return item.group ? this.step.counts[item.group.index].total > 0 : this.step.sides[item.place.index] !== undefined;
   }
 
   // Unchanged places from `start` on, up to the next that is changed or selected.
@@ -111,7 +112,7 @@ class Outline {
     const kind = this.step.kindOf(group);
     const alike = group.alike ? `  (${group.alike} alike)` : "";
     const label = `${item.children ? "▾" : "▸"} ${groupLabel(group)}${alike}`;
-    const row = this.row(`module ${kind}`, depth, this.step.book.glyphs[kind], label);
+    const row = this.row(`module ${kind}`, depth, this.step.glyphOf(group), label);
     row.append(html("span", "dim", countsText(this.step, group, true)));
     row.setAttribute("aria-expanded", Boolean(item.children));
     return row;

@@ -13,10 +13,10 @@ function drawTimeline(page, list, slider) {
   slider.max = book.steps.length - 1;
   slider.style.width = `calc(100% - 100% / ${book.steps.length} + 16px)`; // its knob below the middle of each pass
   list.replaceChildren(
-    ...book.steps.map(({ last, entries }, index) => {
+    ...book.steps.map(({ last, counts }, index) => {
       const stage = book.stages[last];
       const failed = stage.error !== "" && stepName(book, index) === stage.name;
-      const number = new Set(entries.flatMap(([, before, after]) => [...before, ...after])).size;
+      const number = Object.entries(counts).reduce((sum, [kind, count]) => sum + (kind === "unchanged" ? 0 : count), 0);
       const count = failed ? "✕ failed" : number ? `${number} nodes` : "no change";
       const button = html("button", "", html("span", "pass", stepName(book, index)), html("span", "count", count));
       button.dataset.step = index;
@@ -52,6 +52,12 @@ function drawChanges(page, panel) {
   if (step.story) {
     panel.append(storyOf(step.story));
   }
+  const told = page.book.steps.findIndex(({ story }) => story);
+  if (told >= 0 && !step.story && after.name !== "start" && step.index === 0) {
+    const link = html("button", "link", `${stepName(page.book, told)}: ${page.book.steps[told].story.headline}`);
+    link.dataset.step = told;
+    panel.append(link);
+  }
   let block = -1;
   step.lines.slice(0, MAX_LINES).forEach((line, index) => {
     if (line.block !== block) {
@@ -81,10 +87,9 @@ function lineButton(page, line, index) {
 
 // The nodes of the metadata that became one, who reads each field, and what a step costs.
 function storyOf(story) {
-  const box = html("details", "story", html("summary", "", `metadata: ${story.before.nodes} nodes → 1`));
+  const box = html("details", "story", html("summary", "", story.headline));
   box.open = true;
-  const fates = `${story.moved} moved, ${story.merged} merged, ${story.replaced} replaced`;
-  box.append(html("p", "dim", `${story.subgraphs} subgraphs became one node: ${fates}`));
+  box.append(html("p", "dim", `${story.subgraphs} subgraphs; ${story.beside} sizes and constants went with them`));
   const fields = story.fields.map(({ name, op, value, readers }) => {
     const shown = name.includes(op) ? name : `${name} (${op})`;
     const who = Object.entries(readers).map(([reader, number]) => `${number} × ${reader}`).join(", ");
@@ -108,26 +113,38 @@ function tableOf(head, rows) {
 }
 
 function drawLegend(page, panel) {
-  const counts = {};
-  page.step.sides.forEach((side) => (counts[side.kind] = (counts[side.kind] ?? 0) + 1));
+  const counts = page.step.totals;
   panel.replaceChildren(
     ...KINDS.map((kind) => {
       const swatch = html("span", `swatch ${kind}`, page.book.glyphs[kind]);
       return html("span", `key ${counts[kind] ? "" : "none"}`, swatch, `${kind} ${counts[kind] ?? 0}`);
     }),
     html("span", "key", html("b", "", "◂ name"), "read from far away"),
+    html("span", "key", html("b", "", "┈▸"), "became"),
     html("span", "key", html("b", "", NO_VALUE), "no shape known"),
   );
 }
 
+// Words to look for, as regular expressions: all of `/…/`, else each word as it is written.
+function wordsOf(query) {
+  const whole = /^\/(.+?)\/?$/.exec(query.trim());
+  const plain = query.split(/\s+/).filter((word) => word);
+  const words = whole ? [whole[1]] : plain.map((word) => word.replace(/[^\w]/g, "\\$&"));
+  try {
+    return words.map((word) => new RegExp(word, "i"));
+  } catch {
+    return []; // not finished yet
+  }
+}
+
 // Places whose text contains all words of the query, those whose name or op contains the first before others.
 function search(page, query) {
-  const words = query.toLowerCase().split(/\s+/).filter((word) => word);
+  const words = wordsOf(query);
   if (words.length === 0) {
     return [];
   }
-  const found = page.book.places.filter((place) => words.every((word) => textOf(place).includes(word)));
-  const has = ({ name, target }) => `${name} ${target}`.toLowerCase().includes(words[0]);
+  const found = page.book.places.filter((place) => words.every((word) => word.test(textOf(place))));
+  const has = ({ name, target }) => words[0].test(`${name} ${target}`);
   const named = (place) => place.versions.some(has);
   const rank = (place) => (named(place) ? 0 : 2) + (page.step.sides[place.index] ? 0 : 1);
   return found.sort((one, other) => rank(one) - rank(other)).slice(0, MAX_FOUND);
@@ -137,7 +154,7 @@ function textOf(place) {
   const words = ({ name, target, module, moduleType, value, source, role }) => {
     return [name, target, module, moduleType, value, source, role].join(" ");
   };
-  place.text ??= place.versions.map(words).join(" ").toLowerCase();
+  place.text ??= place.versions.map(words).join(" ");
   return place.text;
 }
 

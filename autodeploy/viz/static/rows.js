@@ -4,8 +4,8 @@ const SWEEPS = 8;
 const LANE = 8; // width kept free for an edge that passes a row
 
 // Rows of cells: a box, a lane of an edge that goes on below, or the stub of one that enters or leaves the frame.
-function makeRows(children, wires) {
-  const rank = rankOf(children, wires);
+function makeRows(children, wires, maxWidth) {
+  const rank = wrapped(rankOf(children, wires), maxWidth);
   const entering = wires.some(({ from }) => from === null);
   const leaving = wires.some(({ to }) => to === null);
   const first = entering ? 1 : 0;
@@ -85,6 +85,28 @@ function rankOf(children, wires) {
     rank.set(child, Math.max(rank.get(child), below.length ? Math.min(...below) : 0));
   }
   return rank;
+}
+
+// The same where a row that is too wide goes on in rows of its own below.
+function wrapped(rank, maxWidth) {
+  const rows = [];
+  for (const [child, row] of rank) {
+    (rows[row] ??= []).push(child);
+  }
+  const found = new Map();
+  let next = -1;
+  for (const row of rows) {
+    let width = Infinity;
+    for (const child of row ?? []) {
+      if (width + child.w > maxWidth) {
+        next += 1;
+        width = 0;
+      }
+      width += child.w + GAP_X;
+      found.set(child, next);
+    }
+  }
+  return found;
 }
 
 // Where a cycle keeps all that is left waiting, the first of it goes next.
