@@ -17,6 +17,7 @@ from typing import ClassVar
 
 import torch
 from torch import Tensor, fx
+from torch.fx.graph import CodeGen
 from torch.fx.node import map_arg
 
 from autodeploy.errors import UnsupportedFeature
@@ -55,7 +56,11 @@ class NestInputs:
             return 0
         check_not_shared(gm)
         check_inputs(old)
+        output = check_output(gm)
         _rewrite(gm, old, check_tokens(gm))
+        # From here on tensors go in by their place and one comes out, whatever the graph's caller knew before.
+        gm.graph.output_node().args = (output,)
+        gm.graph.set_codegen(CodeGen())
         return 1
 
 
@@ -76,6 +81,16 @@ def check_inputs(inputs: dict[str, fx.Node]) -> None:
                 where=node_location(node),
                 fix=f"trace with {' and '.join(_KNOWN_INPUTS)} only",
             )
+
+
+def check_output(gm: fx.GraphModule) -> fx.Node:
+    """The one tensor that the graph gives. Raises where there are more."""
+    given = gm.graph.output_node().all_input_nodes
+    if len(given) != 1:
+        raise UnsupportedFeature(
+            f"a graph that returns {len(given)} tensors", where=type(gm).__name__, fix="return the logits alone"
+        )
+    return given[0]
 
 
 def check_tokens(gm: fx.GraphModule) -> Collection[fx.Node]:

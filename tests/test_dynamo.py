@@ -305,12 +305,18 @@ def test_a_script_s_own_passes_are_not_mistaken_for_ours(tmp_path: Path) -> None
     [
         ({"on_eror": "raise"}, "unknown option 'on_eror'\n  fix:   did you mean 'on_error'.*\\? [0-9]+ are known"),
         ({"on_error": "ignore"}, "on_error='ignore'\n  fix:   use one of raise, inductor"),
-        ({"max_autotune": "yes"}, "Unexpected type of attr max_autotune"),
+        ({"max_autotune": "yes"}, "OptionError: .*Unexpected type of attr max_autotune"),
+        ({1: 2}, "OptionError: an option is called 1"),
     ],
 )
 def test_wrong_options(options: dict[str, Any], message: str) -> None:
     with pytest.raises(BackendCompilerFailed, match=message):
         torch.compile(torch.cos, backend="autodeploy", options=options)(inputs())
+
+
+def test_a_mode_that_torch_does_not_know() -> None:
+    with pytest.raises(BackendCompilerFailed, match="OptionError: mode='fast'"):
+        torch.compile(torch.cos, backend="autodeploy", mode="fast")(inputs())
 
 
 @dataclass

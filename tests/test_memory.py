@@ -82,3 +82,27 @@ def test_without_shapes_everything_is_shared(num_layers: int) -> None:
         if node.op != "placeholder":
             VALUE.take(node)
     assert share(gm).near_misses == ()
+
+
+class Dequantised(torch.nn.Module):
+    """Weights scaled by a size, which is layout."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        for index in range(8):
+            self.register_buffer(f"weight{index}", torch.ones(512, 512, dtype=torch.int8))
+
+    def forward(self, x: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
+        for index in range(8):
+            x = x @ (getattr(self, f"weight{index}").float() * positions.shape[0])
+        return x
+
+
+def test_constants_weigh_what_they_are_where_no_shapes_are_recorded() -> None:
+    class Tracer(fx.Tracer):
+        proxy_buffer_attributes = True
+
+    model = Dequantised()
+    gm = fx.GraphModule(model, Tracer().trace(model))
+    ShareMetadata().apply(gm)
+    assert sum(KEPT.on(node) for node in gm.graph.nodes) >= 7

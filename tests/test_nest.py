@@ -159,6 +159,7 @@ def table_with(group: int, row: int, entry: int, page: int) -> np.ndarray:
         ({"block_tables": table_with(0, 1, 2, 3)}, r"page 3 will be written.*\[0, 1\]\n.*sequence 0, KV group 0"),
         ({"block_tables": table_with(0, 1, 0, 3)}, r"page 3 will be written.*\[0, 1\]\n.*sequence 0, KV group 0"),
         ({"block_tables": table_with(0, 1, 0, 6)}, r"page 6 will be written.*\[1\]\n.*sequence 1, KV group 0"),
+        ({"token_ids": np.array([5, -1])}, r"token id -1 is negative\n.*sequence 1"),
         ({"state_slots": [1, 3]}, r"state slot 3 is outside 1\.\.2\n.*sequence 1"),
         ({"state_slots": [0, 1]}, r"state slot 0 is outside 1\.\.2\n.*sequence 0"),
         ({"state_slots": [2, 2]}, r"state slot 2 is shared"),

@@ -6,11 +6,12 @@ import json
 import operator
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
+from typing import Any
 
 import pytest
 import torch
 from layout_graphs import call, module
-from tiny_models import MODEL_TYPES
+from tiny_models import MODEL_TYPES, tiny, tokens
 from torch import fx
 from traces import text, traced
 
@@ -242,3 +243,40 @@ def test_metadata_does_not_grow_with_layers() -> None:
     assert many.nodes_naive > 5 * few.nodes_naive
     assert many.ops_naive > 5 * few.ops_naive
     assert few.prepare_calls == many.prepare_calls == 1
+
+
+def _forget_readers(gm: fx.GraphModule) -> None:
+    next(iter(gm.graph.nodes)).users.clear()
+
+
+def test_a_graph_whose_nodes_do_not_know_their_readers_is_no_graph() -> None:
+    with pytest.raises(InvariantError, match="does not know that"):
+        pipeline.run(small(), [Step(_forget_readers)])
+
+
+def test_a_pass_says_how_much_it_matched() -> None:
+    step = Step(lambda gm: None)
+    object.__setattr__(step, "apply", lambda gm: None)
+    with pytest.raises(PassError, match="returned None"):
+        pipeline.run(small(), [step])
+
+
+@pytest.mark.parametrize("verify", [False, True])
+def test_an_exported_module_goes_in_as_it_is(verify: bool) -> None:
+    """Its inputs have names and it returns what the model does; what comes out takes tensors and gives logits."""
+    dims = {name: {0: torch.export.Dim.DYNAMIC, 1: torch.export.Dim.DYNAMIC} for name in ("input_ids", "position_ids")}
+    shapes = {**dims, "use_cache": None}
+    with torch.no_grad():
+        program = torch.export.export(
+            tiny("llama"), (), {**tokens(3, 12), "use_cache": False}, dynamic_shapes=shapes, strict=False
+        )
+    module = ad.apply(program.module(check_guards=False), verify=verify).module  # type: ignore[arg-type]
+    assert len(placeholders(module)) == 2 + 2 * 4
+    assert isinstance(module.graph.output_node().args[0], fx.Node)
+
+
+@pytest.mark.parametrize("wrong", [None, torch.nn.Linear(1, 1), "graph"])
+def test_what_is_no_graph_is_refused(wrong: Any) -> None:
+    for call_it in (lambda: ad.apply(wrong), lambda: ad.diff(small(), wrong)):
+        with pytest.raises(OptionError, match="is no FX graph"):
+            call_it()

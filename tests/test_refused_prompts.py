@@ -59,6 +59,7 @@ def bad_prompts() -> list[Any]:
     arrays = [
         np.array([], np.int64),
         np.array([1.0]),
+        np.ma.array([1, 500], mask=[False, True]),
         np.array([True]),
         np.array(["a"]),
         np.array([1j]),

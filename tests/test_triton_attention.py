@@ -113,8 +113,11 @@ def test_float8_cache(site: str, name: str, triton_device: torch.device, monkeyp
 
     def rounded(site: Site, batch: Batch) -> Inputs:
         inputs = make_inputs(site, batch)
-        rows = [(query, *(x.to(torch.float8_e4m3fn).to(x.dtype) for x in rest)) for query, *rest in inputs.per_token]
-        return replace(inputs, per_token=rows)
+        rows = [
+            (query, *(x.to(torch.float8_e4m3fn).to(x.dtype) for x in (key, value)), *rest)
+            for query, key, value, *rest in inputs.per_sequence
+        ]
+        return replace(inputs, per_sequence=rows)
 
     monkeypatch.setattr(test_kernels, "make_inputs", rounded)
     check(TRITON_FP8, replace(attention_site(**SITES[site]), device=triton_device), make_step(name))
@@ -132,7 +135,7 @@ def size_major(tensor: torch.Tensor) -> torch.Tensor:
 @pytest.mark.parametrize("relayout", [token_major, size_major])
 @pytest.mark.parametrize("name", ["decode", "mixed"])
 def test_any_memory_layout(name: str, relayout, triton_device: torch.device) -> None:
-    site, batch, tensors, caches = small_case(TRITON, attention_site(device=triton_device), BATCHES[name])
+    site, batch, tensors, caches = small_case(TRITON, replace(attention_site(), device=triton_device), BATCHES[name])
     same = [cache.clone() for cache in caches]
     metadata = TRITON.metadata(batch.layout().to(triton_device), batch.num_tokens, site)
     expected = TRITON.append_and_attend(tensors, tuple(caches), metadata, site)

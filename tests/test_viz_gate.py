@@ -115,6 +115,15 @@ def test_files_that_are_no_graphs_exit_2(
         assert name in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("content", [b"", b"junk", b"PK\3\4junk"])
+def test_damaged_programs_exit_2(
+    content: bytes, files: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "damaged.pt2").write_bytes(content)
+    assert main(["diff", files[0], str(tmp_path / "damaged.pt2")]) == 2
+    assert "damaged.pt2" in capsys.readouterr().err
+
+
 def _places(data: Any, path: tuple[Any, ...] = ()) -> Iterator[tuple[Any, ...]]:
     """Where the values in JSON data are, but for literals of the graph, which may be anything."""
     yield path

@@ -57,6 +57,8 @@ def apply(
     `recorder` keeps the graph after each pass; when a pass raises, its `trace()` ends with that pass.
     Raises UnknownName, OptionError, NoAttentionFound, UnsupportedFeature or PassError.
     """
+    if not isinstance(gm, fx.GraphModule):
+        raise OptionError(f"{type(gm).__name__} is no FX graph", fix="give what ad.trace(model) returns")
     check_backend_choice(backend)
     steps = resolve_passes(passes, backend, page_size)
     copy = copy_module(gm)
@@ -75,6 +77,9 @@ def diff(
 
     `ignore` leaves out differences of "names", "order", "device" or "meta". Raises UnknownName for other names.
     """
+    for graph in (before, after):
+        if not isinstance(graph, (fx.GraphModule, Snapshot)):
+            raise OptionError(f"{type(graph).__name__} is no FX graph", fix="give two graphs or snapshots of them")
     return GraphDiff.of(before, after, ignore=ignore)
 
 

@@ -110,6 +110,11 @@ def _apply(gm: fx.GraphModule, step: Pass, before: Counts, typed: bool) -> PassR
     start = time.perf_counter()
     try:
         matches = step.apply(gm)
+        if not isinstance(matches, int):
+            raise PassError(
+                f"pass {step.name!r} returned {matches!r}", where=repr(step), fix="return how many it matched"
+            )
+        _check_users(gm)
         after = _tidy(gm, typed)
     except AutodeployError as error:
         error.add_note(f"  pass:  {step.name}")
@@ -119,6 +124,14 @@ def _apply(gm: fx.GraphModule, step: Pass, before: Counts, typed: bool) -> PassR
     seconds = time.perf_counter() - start
     misses = tuple(NearMiss(node_location(node), reason) for node, reason in take_near_misses(gm))
     return PassRecord(step.name, repr(step), matches, misses, before, after, seconds)
+
+
+def _check_users(gm: fx.GraphModule) -> None:
+    """What FX's own check leaves out: each node is known to those it reads, or dead code would be what is not."""
+    for node in gm.graph.nodes:
+        for arg in node._input_nodes:
+            if node not in arg.users:
+                raise InvariantError(f"{arg.name} does not know that {node.name} reads it", where=node_location(node))
 
 
 def _tidy(gm: fx.GraphModule, typed: bool) -> Counts:

@@ -114,9 +114,13 @@ def _embedding(gm: fx.GraphModule) -> Tensor:
 
 
 def _run_padded(gm: fx.GraphModule, sequence: Tensor) -> Tensor:
-    positions = torch.arange(sequence.numel())[None]
-    inputs = (sequence[None], positions)[: len(placeholders(gm))]
-    return gm(*(each.to(_embedding(gm).device) for each in inputs))[:, -1]
+    device = _embedding(gm).device
+    positions = torch.arange(sequence.numel(), device=device)[None]
+    tensors = {"input_ids": sequence[None].to(device), "position_ids": positions}
+    # Not by a call, which would ask an exported module's inputs in another form than its graph has.
+    inputs = [tensors.get(node.name) for node in placeholders(gm)]
+    logits = fx.Interpreter(gm).run(*inputs, enable_io_processing=False)
+    return (logits[0] if isinstance(logits, tuple | list) else logits)[:, -1]
 
 
 def _run_packed(

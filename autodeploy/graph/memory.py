@@ -2,13 +2,14 @@
 
 The estimate adds up the intermediate tensors that are alive between their first and last use, views with their base,
 at the sizes that a symbolic shape was traced with. It knows neither the allocator nor what a later compiler fuses, so
-it is an upper bound on both sides of the comparison. Nodes without recorded shapes weigh nothing.
+it is an upper bound on both sides of the comparison. Metadata without recorded shapes is taken to be as large as the
+largest constant that it is computed from; other nodes without shapes weigh nothing.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -17,7 +18,7 @@ from torch.utils import _pytree as pytree
 
 from autodeploy.graph.aliasing import aliased
 from autodeploy.graph.sizes import num_bytes
-from autodeploy.graph.spelling import recorded_value
+from autodeploy.graph.spelling import attribute, recorded_value
 
 # Hoisting may raise the estimated peak by this share of it, or by this many bytes where that is more.
 PEAK_SHARE, PEAK_BYTES = 0.1, 1 << 20
@@ -26,9 +27,10 @@ TOO_LARGE = f"would raise peak memory by more than {PEAK_SHARE:.0%} if it were c
 
 def too_large_to_hoist(graph: fx.Graph, metadata: Sequence[fx.Node]) -> list[fx.Node]:
     """The fewest largest of `metadata`, in graph order, that must stay for the peak to keep within its bound."""
-    if sum(map(_num_bytes, metadata)) <= PEAK_BYTES:
+    guesses = _guesses(graph, [node for node in metadata if recorded_value(node) is None])
+    if sum(guesses.get(node) or _num_bytes(node) for node in metadata) <= PEAK_BYTES:
         return []
-    tensors = _Tensors.of(graph)
+    tensors = _Tensors.of(graph, guesses)
     before = tensors.peak(tensors.nodes)
     bound = before + max(PEAK_BYTES, PEAK_SHARE * before)
     limits = [math.inf, *sorted({tensors.sizes[node] for node in metadata}, reverse=True)]
@@ -51,12 +53,12 @@ class _Tensors:
     bases: dict[fx.Node, list[fx.Node]]
 
     @staticmethod
-    def of(graph: fx.Graph) -> _Tensors:
+    def of(graph: fx.Graph, guesses: Mapping[fx.Node, int]) -> _Tensors:
         nodes = list(graph.nodes)
         bases: dict[fx.Node, list[fx.Node]] = {}
         for node in nodes:
             bases[node] = list(dict.fromkeys(base for arg in aliased(node) for base in bases[arg])) or [node]
-        return _Tensors(nodes, {node: _num_bytes(node) for node in nodes}, bases)
+        return _Tensors(nodes, {node: guesses.get(node) or _num_bytes(node) for node in nodes}, bases)
 
     def peak(self, order: Sequence[fx.Node]) -> int:
         """Most bytes of intermediates alive at once when nodes run in `order`."""
@@ -73,6 +75,16 @@ class _Tensors:
             highest = max(highest, alive)
             alive -= freed[place]
         return highest
+
+
+def _guesses(graph: fx.Graph, unknown: Sequence[fx.Node]) -> dict[fx.Node, int]:
+    """Bytes of nodes without recorded shapes: as many elements, of 4 bytes, as the largest constant that they read."""
+    sizes: dict[fx.Node, int] = {}
+    for node in graph.nodes if unknown else ():
+        value = attribute(node) if node.op == "get_attr" else None
+        own = value.numel() if isinstance(value, torch.Tensor) else 0
+        sizes[node] = max([own, *(sizes[arg] for arg in node.all_input_nodes)])
+    return {node: 4 * sizes[node] for node in unknown if not aliased(node)}
 
 
 def _hoisted(tensors: _Tensors, metadata: Sequence[fx.Node], limit: float) -> list[fx.Node]:

@@ -138,7 +138,7 @@ class _Search:
         try:
             data = lowered.save()
         except Exception as error:  # Inductor's artifacts refuse in many ways, none of which spoils this run
-            _say_not_kept(f"{type(error).__name__}: {error}", self._progress)
+            _say_not_kept(f"Inductor cannot save its code ({type(error).__name__}: {error})", self._progress)
             return
         self._write(f"{key}-{Fingerprint(lowered.looked_at).hexdigest()[:16]}", data)
         self._folder.prune()

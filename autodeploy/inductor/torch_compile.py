@@ -186,9 +186,14 @@ def _inductor_config(mode: str | None, options: dict[str, Any]) -> dict[str, Any
     """The changes to Inductor's configuration that torch.compile makes of its arguments."""
     known = inductor_config.get_config_copy()
     for name in options:
+        if not isinstance(name, str):
+            raise OptionError(f"an option is called {name!r}", fix="name it by a string")
         if name.replace("-", "_") not in known:
             raise UnknownName("option", name, ["on_error", *known])
-    return dict(torch._TorchCompileInductorWrapper(mode, options, dynamic=None).config)
+    try:
+        return dict(torch._TorchCompileInductorWrapper(mode, options, dynamic=None).config)
+    except Exception as error:  # torch raises several sorts for a mode or a value that it does not know
+        raise OptionError(f"mode={mode!r}, options={options!r}: {error}", where="torch.compile") from error
 
 
 def _compile_id() -> str:

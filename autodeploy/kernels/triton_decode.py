@@ -54,6 +54,20 @@ def _see_first(query_GD, key_D, value_E, sink_G, inner, multiplier, HAS_SOFTCAP:
     return highest_G, weight_G + tl.exp2(sink_G - highest_G), weight_G[:, None] * value_E[None, :]
 
 
+@triton.jit
+def _take_new(
+    query_GD, key, value, key_cache, value_cache, token, head, key_stride_h, key_stride_t, value_stride_h,
+    value_stride_t, table, last, sink_G, inner, multiplier, HEADS: tl.constexpr, KEY_SIZE: tl.constexpr,
+    VALUE_SIZE: tl.constexpr, PAGE_SIZE: tl.constexpr, HAS_SOFTCAP: tl.constexpr, BLOCK_D: tl.constexpr,
+    BLOCK_E: tl.constexpr,
+):  # fmt: skip
+    """Write the new key and value of one head to their slot; the running softmax once it has seen them."""
+    slot = tl.load(table + last // PAGE_SIZE).to(tl.int64) * PAGE_SIZE + last % PAGE_SIZE
+    key_D = _append(key, key_cache, token, head, key_stride_h, key_stride_t, slot, HEADS, KEY_SIZE, BLOCK_D)
+    value_E = _append(value, value_cache, token, head, value_stride_h, value_stride_t, slot, HEADS, VALUE_SIZE, BLOCK_E)
+    return _see_first(query_GD, key_D, value_E, sink_G, inner, multiplier, HAS_SOFTCAP)
+
+
 _NOT_SPECIAL = ["block_table", "seq_lens", "cu_seqlens_q", "table_stride", "num_tokens", "num_rows"]
 
 
@@ -90,28 +104,24 @@ def decode_kernel(
         mask=real_G[:, None] & (column_D < KEY_SIZE)[None, :],
         other=0.0,
     )
-    highest_G, total_G = tl.full([BLOCK_G], LOWEST, tl.float32), tl.zeros([BLOCK_G], tl.float32)
-    if split == 0:
-        highest_G = load_sinks(sinks, head_G, real_G)
-        total_G = tl.where(highest_G > LOWEST, 1.0, 0.0)
-        if key is not None:
-            slot = tl.load(table + last // PAGE_SIZE).to(tl.int64) * PAGE_SIZE + last % PAGE_SIZE
-            key_D = _append(key, key_cache, token, head, key_stride_h, key_stride_t, slot, HEADS, KEY_SIZE, BLOCK_D)
-            value_E = _append(
-                value, value_cache, token, head, value_stride_h, value_stride_t, slot, HEADS, VALUE_SIZE, BLOCK_E
-            )
-            highest_G, total_G, mixed_GE = _see_first(
-                query_GD, key_D, value_E, highest_G, inner, multiplier, HAS_SOFTCAP
-            )
+    highest_G = tl.where(split == 0, load_sinks(sinks, head_G, real_G), LOWEST)
+    total_G = tl.where(highest_G > LOWEST, 1.0, 0.0)
+    if key is not None:  # noqa: SIM102  (known when this is compiled)
+        if split == 0:
+            highest_G, total_G, mixed_GE = _take_new(
+                query_GD, key, value, key_cache, value_cache, token, head, key_stride_h, key_stride_t,
+                value_stride_h, value_stride_t, table, last, highest_G, inner, multiplier, HEADS, KEY_SIZE, VALUE_SIZE,
+                PAGE_SIZE, HAS_SOFTCAP, BLOCK_D, BLOCK_E,
+            )  # fmt: skip
     stop = last if key is not None else last + 1
     first = first_seen(last, SPAN)
     first_block = first // BLOCK_N
     share = tl.cdiv(tl.cdiv(stop, BLOCK_N) - first_block, SPLITS)
     begin = (first_block + split * share) * BLOCK_N
     end = tl.minimum(begin + share * BLOCK_N, stop)
-    slope_G = load_slopes(slopes, head_G, real_G, multiplier)
     highest_G, total_G, mixed_GE = attend_range(
-        query_GD, highest_G, total_G, mixed_GE, tl.full([BLOCK_G], last, tl.int32), slope_G, begin, end, first,
+        query_GD, highest_G, total_G, mixed_GE, tl.full([BLOCK_G], last, tl.int32),
+        load_slopes(slopes, head_G, real_G, multiplier), begin, end, first,
         key_cache, value_cache, table, head, inner, multiplier, slopes is not None, True,
         HEADS, KEY_SIZE, VALUE_SIZE, PAGE_SIZE, 0, HAS_SOFTCAP, BLOCK_D, BLOCK_E, BLOCK_N,
     )  # fmt: skip

@@ -125,6 +125,7 @@ def nest_sequences(
     width = batch.block_tables.shape[2] if pages_per_sequence is None else pages_per_sequence
     tables_GSP = batch.block_tables[:, :, :width]
     _check_lengths(batch, tables_GSP.shape[2], spec)
+    _check_tokens(batch)
     _check_state_slots(batch.state_slots, num_state_slots, spec)
     tables = [_pages_in_use(tables_GSP[g], batch, g, spec, num_pages[g]) for g in range(spec.num_groups)]
 
@@ -227,6 +228,13 @@ def _check_lengths(batch: _Batch, table_width: int, spec: LayoutSpec) -> None:
             row,
             "pass wider block tables or a larger pages_per_sequence",
         )
+
+
+def _check_tokens(batch: _Batch) -> None:
+    if batch.token_ids.min(initial=0) < 0:
+        place = int(batch.token_ids.argmin())
+        row = int(np.searchsorted(batch.query_lens.cumsum(), place, side="right"))
+        _refuse(f"token id {batch.token_ids[place]} is negative", row)
 
 
 def _check_state_slots(state_slots: np.ndarray, num_state_slots: int, spec: LayoutSpec) -> None:

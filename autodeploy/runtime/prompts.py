@@ -68,6 +68,8 @@ def _as_array(prompt: Any) -> np.ndarray:
                 f"a prompt of {prompt.dtype} on {prompt.device}", fix="give token ids, which are integers"
             )
         return prompt.detach().cpu().numpy()
+    if isinstance(prompt, np.ma.MaskedArray):
+        raise OptionError("a prompt that is a masked array", fix="give its .compressed()")
     if isinstance(prompt, np.ndarray):
         if prompt.dtype.kind not in "iu":
             raise OptionError(f"a prompt of {prompt.dtype}", fix="give token ids, which are integers")

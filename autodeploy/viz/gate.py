@@ -126,8 +126,8 @@ def _read_graph(path: Path) -> Snapshot | Trace:
 
             return Snapshot.of(torch.export.load(path).module(check_guards=False), path.stem)
         data = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RuntimeError) as error:
-        raise OptionError(f"cannot read {path}: {error}") from error
+    except Exception as error:  # an archive that is damaged can fail in any way
+        raise OptionError(f"cannot read {path}: {type(error).__name__}: {error}") from error
     schema = data.get("schema") if isinstance(data, dict) else None
     if schema == TRACE_SCHEMA:
         return Trace.from_json(data)
