@@ -87,8 +87,7 @@ def decode_kernel(
     Where token r is padding, row r has no token either, and its first program writes the zeros.
     """
     head, split, row = tl.program_id(0), tl.program_id(1), tl.program_id(2)
-    head_G = head * GROUP + tl.arange(0, BLOCK_G)
-    real_G = tl.arange(0, BLOCK_G) < GROUP
+    head_G, real_G = head * GROUP + tl.arange(0, BLOCK_G), tl.arange(0, BLOCK_G) < GROUP
     column_D, column_E = tl.arange(0, BLOCK_D), tl.arange(0, BLOCK_E)
     mask_GE = real_G[:, None] & (column_E < VALUE_SIZE)[None, :]
     mixed_GE = tl.zeros([BLOCK_G, BLOCK_E], tl.float32)
