@@ -62,7 +62,7 @@ PARTS = [
     _part("graph/outline", _SHARING, _SLOW),
     _part("graph/tokens", "test_mixing test_token_sweep", "test_passes_nest_inputs"),
     _part(
-        "step_cache step_files fingerprint graph_key machine",
+        "inductor/step_cache inductor/step_files inductor/fingerprint inductor/graph_key inductor/machine",
         "test_fingerprint test_step_key test_step_cache",
         "another_checkpoint",
     ),
