@@ -2,17 +2,27 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
+import torch
 from spans import FULL
 from tiny_models import MODEL_TYPES, WINDOW
-from traces import apply, before, text
+from torch import Tensor
+from traces import apply, before, text, traced
 
+import autodeploy as ad
 from autodeploy.errors import OptionError, UnknownName
 from autodeploy.graph.dependence import split
 from autodeploy.graph.edit import placeholders, take_near_misses
 from autodeploy.graph.meta import CACHE_SPECS, LAYOUT_SPEC, SITE
+from autodeploy.kernels import registry
+from autodeploy.metadata import fields
 from autodeploy.metadata.span import Span, Window
+from autodeploy.ops.cache import Cache
 from autodeploy.ops.kinds import kind_of
+from autodeploy.ops.kinds.attention import PagedAttention
+from autodeploy.ops.site import Site
 from passes import InsertCachedAttention
 
 NUM_LAYERS = 4
@@ -73,3 +83,39 @@ def test_padded_inputs_are_a_near_miss() -> None:
     assert InsertCachedAttention().apply(gm) == 0
     reasons = [reason for _, reason in take_near_misses(gm)]
     assert reasons == ["the graph has no packed inputs; nest_inputs comes first"] * NUM_LAYERS
+
+
+class OwnToken(PagedAttention):
+    """Attention of each token to itself alone, which needs no cache."""
+
+    name = "own_token"
+
+    def caches(self, site: Site) -> tuple[Cache, ...]:
+        return ()
+
+    def metadata(self, layout: Tensor, num_tokens: int, site: Site) -> dict[str, Tensor]:
+        return {"is_token": fields.is_token(layout, num_tokens)}
+
+    def attend(self, tensors: tuple[Any, ...], caches: tuple[Any, ...], metadata: dict[str, Any], site: Site) -> Tensor:
+        group_size = site.facts.num_heads // site.facts.num_kv_heads
+        value_BHTD = torch.ops.aten.repeat_interleave.self_int(tensors[2], group_size, 1)
+        value_BTHD = torch.ops.aten.transpose.int(value_BHTD, 1, 2)
+        return torch.ops.aten.mul.Tensor(value_BTHD, metadata["is_token"][:, None, None])
+
+
+def test_a_backend_without_a_cache_is_an_attention_node(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(registry, "_added", {})
+    registry.register_backend(OwnToken())
+    result = ad.apply(traced("llama"), backend="own_token")
+    assert result.report.ledger.attention_nodes == NUM_LAYERS
+    assert result.cache_specs == ()
+    assert result.layout_spec.num_groups == 0
+
+
+def test_layers_that_share_keys_and_values_own_one_cache() -> None:
+    """The last two of four layers read what the first two write."""
+    result = ad.apply(traced("gemma4_text"), backend="reference", verify=True)
+    append = torch.ops.autodeploy.reference_append.default
+    written = [node.args[1].name for node in result.module.graph.find_nodes(op="call_function", target=append)]
+    assert written == [cache.name for cache in result.cache_specs] == ["key_0", "value_0", "key_1", "value_1"]
+    assert result.report.ledger.attention_nodes == NUM_LAYERS

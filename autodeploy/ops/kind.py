@@ -48,7 +48,7 @@ class Kind(ABC, Generic[F]):
     @property
     @abstractmethod
     def reference(self) -> Backend:
-        """The oracle among backends."""
+        """The oracle among backends, the same object each time."""
 
     @abstractmethod
     def tensors(self, node: fx.Node) -> tuple[Any, ...]:

@@ -157,7 +157,7 @@ class Attention(Kind[AttentionFacts]):
 
     @property
     def reference(self) -> Backend:
-        return ReferenceAttention()
+        return _REFERENCE
 
     def tensors(self, node: fx.Node) -> tuple[Any, ...]:
         """query, key, value, sinks, bias, alibi_slopes."""
@@ -311,4 +311,5 @@ class ReferenceAttention(PagedAttention):
         )
 
 
+_REFERENCE = ReferenceAttention()
 KIND = Attention()

@@ -116,7 +116,7 @@ class CausalConv1d(Kind[ConvFacts]):
 
     @property
     def reference(self) -> Backend:
-        return ReferenceCausalConv1d()
+        return _REFERENCE
 
     def tensors(self, node: fx.Node) -> tuple[Any, ...]:
         """hidden, weight, bias."""
@@ -213,4 +213,5 @@ class ReferenceCausalConv1d(CachedConv1d):
         )
 
 
+_REFERENCE = ReferenceCausalConv1d()
 KIND = CausalConv1d()
