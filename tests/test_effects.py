@@ -126,6 +126,7 @@ VIEWS: dict[str, Make] = {
     "a list twice over": function(operator.mul, 2),
     "a list and a list": lambda graph, x: graph.call_function(operator.add, (x, x)),
     "an array of its memory": method("numpy"),
+    "a product of one": lambda graph, x: graph.call_function(torch.cartesian_prod, (x,)),
 }
 
 
@@ -294,6 +295,8 @@ def hooked(leaf: torch.nn.Module, kind: str = "forward_pre") -> torch.nn.Module:
         (hooked(torch.nn.Tanh()), True),
         (hooked(torch.nn.Tanh(), "forward"), True),
         (torch.nn.Sequential(hooked(torch.nn.Tanh())), True),
+        (torch.nn.Embedding(4, 2, max_norm=1.0), True),
+        (torch.nn.Embedding(4, 2), False),
     ],
 )
 def test_modules(leaf: torch.nn.Module, is_written: bool) -> None:
@@ -369,6 +372,46 @@ def test_an_input_without_a_role_may_be_an_attribute() -> None:
     gm = fx.GraphModule(root, graph)
     found = mutated(gm.graph).values
     assert [node in found for node in gm.graph.find_nodes(op="get_attr")] == [True, False, False]
+
+
+def test_an_attribute_that_is_written_to_may_be_an_input_without_a_role() -> None:
+    same, other = inputs(torch.zeros(2), torch.zeros(2, dtype=torch.int64))
+    graph, root = same.graph, torch.nn.Module()
+    root.register_buffer("state", torch.zeros(2))
+    graph.output((graph.call_method("add_", (graph.create_node("get_attr", "state"), 1)), same, other))
+    gm = fx.GraphModule(root, graph)
+    found = mutated(gm.graph).values
+    assert [node in found for node in gm.graph.find_nodes(op="placeholder")] == [True, False]
+
+
+@torch.library.custom_op("test_effects::pick", mutates_args=())
+def pick(x: torch.Tensor) -> torch.Tensor:
+    return x[x > 0]
+
+
+@pick.register_fake
+def _(x):
+    return x.new_empty(torch.library.get_ctx().new_dynamic_size())
+
+
+class Picks(torch.nn.Module):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return torch.ops.test_effects.pick(x) * 2
+
+
+class Maps(torch.nn.Module):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return torch._higher_order_ops.map(lambda row: row.sin(), x)
+
+
+def test_ops_of_others_may_make_up_sizes() -> None:
+    graph = torch.export.export(Picks(), (torch.ones(4),)).graph
+    assert [impurity(node) for node in graph.nodes if "pick" in str(node.target)] == [UNBACKED]
+
+
+def test_a_mapped_body_is_pure() -> None:
+    graph = torch.export.export(Maps(), (torch.ones(4, 2),)).module(check_guards=False).graph
+    assert [impurity(node) for node in graph.nodes if "map_impl" in str(node.target)] == [None]
 
 
 @pytest.mark.parametrize(("value", "is_kept"), [(torch.zeros(2), False), (None, True)])
