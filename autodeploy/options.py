@@ -25,19 +25,27 @@ class Options:
     """Settings of the machine rather than of one call.
 
     `cache_dir` holds downloaded and converted models, and compiled steps; `color` is whether terminals may be coloured.
-    `library_settings` are the variables by which torch and transformers choose code.
+    `library_settings` are the variables by which torch and transformers choose code. `record` is whether torch.compile
+    keeps what our passes did to each graph, `pages` the folder that it then writes a page into for each.
     """
 
     cache_dir: Path
     color: bool
     library_settings: tuple[tuple[str, str], ...] = ()
+    record: bool = False
+    pages: Path | None = None
 
 
 def from_environment() -> Options:
-    """Options as set by AUTODEPLOY_CACHE (default ~/.cache/autodeploy) and NO_COLOR (https://no-color.org)."""
+    """Options as set by AUTODEPLOY_CACHE (default ~/.cache/autodeploy), NO_COLOR (https://no-color.org), and
+    AUTODEPLOY_RECORD: 1, or a folder for pages.
+    """
     cache = os.environ.get("AUTODEPLOY_CACHE") or "~/.cache/autodeploy"
     settings = tuple(sorted(item for item in os.environ.items() if _LIBRARY_SETTING.match(item[0])))
-    return Options(Path(os.path.expanduser(cache)).absolute(), not os.environ.get("NO_COLOR"), settings)
+    record = os.environ.get("AUTODEPLOY_RECORD", "")
+    pages = None if record in ("", "0", "1") else Path(os.path.expanduser(record)).absolute()
+    folder = Path(os.path.expanduser(cache)).absolute()
+    return Options(folder, not os.environ.get("NO_COLOR"), settings, record not in ("", "0"), pages)
 
 
 def integer(name: str, value: Any, *, least: int, where: str = "", end: int | None = None, also: str = "") -> int:

@@ -27,7 +27,9 @@ def interpreted(shares: bool) -> Callable[..., Any]:
     """A backend that runs AOTAutograd's graph as it is, with or without our pass in it."""
 
     def backend(gm: fx.GraphModule, example_inputs: Sequence[Any]) -> Any:
-        ours = dynamo._SharedMetadata("", dynamo._roles(gm, example_inputs), set(storages(gm)), keeps_going=False)
+        ours = dynamo._SharedMetadata(
+            "", dynamo._Inputs(dynamo._roles(gm, example_inputs)), set(storages(gm)), keeps_going=False
+        )
 
         def compile_inference(aten: fx.GraphModule, inputs: Sequence[Any]) -> Any:
             if shares:

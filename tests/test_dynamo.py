@@ -30,6 +30,7 @@ from torch._inductor.custom_graph_pass import CustomGraphPass
 from autodeploy.app.doctor import doctor_lines
 from autodeploy.compiler.pipeline import Counts, NearMiss, PassRecord
 from autodeploy.compiler.report import Ledger, Report
+from autodeploy.errors import OptionError
 from autodeploy.graph.edit import placeholders
 from autodeploy.graph.meta import ROLE, VALUE
 from autodeploy.inductor import torch_compile as dynamo
@@ -271,7 +272,7 @@ def test_falling_back_is_asked_for_and_aloud(monkeypatch: pytest.MonkeyPatch) ->
 
 def test_falling_back_is_not_cached() -> None:
     # Else the next process would have code without the pass, and no warning.
-    assert dynamo._SharedMetadata("0/0", (), set(), keeps_going=True).uuid() is None
+    assert dynamo._SharedMetadata("0/0", dynamo._Inputs(()), set(), keeps_going=True).uuid() is None
 
 
 @dataclass(frozen=True)
@@ -445,3 +446,40 @@ def test_reports_in_words_and_json() -> None:
     assert str(report).startswith("torch.compile graph 0/0\npass ")
     assert str(report).splitlines()[-1].startswith("layout-only nodes: ")
     assert Report.from_json(json.loads(json.dumps(report.to_json()))) == report
+
+
+def test_recording_keeps_a_page(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """By an option, and by the environment with a folder; modules and inputs are called what the model calls them."""
+    model = layers("mask")
+    with torch.no_grad():
+        expected = torch.compile(model, backend="inductor", dynamic=True)(inputs())
+        torch._dynamo.reset()
+        step = torch.compile(model, backend="autodeploy", dynamic=True, options={"record": True})
+        assert_equal([step(inputs())], [expected])
+    report = dynamo.last_report()
+    assert report is not None
+    assert report.trace is not None
+    assert [stage.name for stage in report.trace.stages] == ["start", "share_metadata"]
+    nodes = report.trace.stages[0].snapshot.nodes
+    modules = {name for name, _ in model.named_modules()}
+    assert {node.module for node in nodes} <= modules
+    assert {name for name, _ in model.named_parameters()} <= {node.target for node in nodes if node.op == "placeholder"}
+    assert report == Report.from_json(report.to_json())
+    report.save(tmp_path / "step.html")
+    assert "share_metadata" in report.trace.__repr__()
+
+    monkeypatch.setenv("AUTODEPLOY_RECORD", str(tmp_path / "pages"))
+    torch._dynamo.reset()
+    with torch.no_grad():
+        torch.compile(model, backend="autodeploy", dynamic=True)(inputs())
+    (page,) = (tmp_path / "pages").iterdir()
+    assert page.read_text().startswith("<!doctype html>")
+
+
+def test_a_report_without_record_says_how_to_get_one(tmp_path: Path) -> None:
+    report = Report.without_passes("0/0", "nothing")
+    with pytest.raises(OptionError, match="nothing was recorded") as caught:
+        report.save(tmp_path / "x.html")
+    assert "'record': True" in str(caught.value)
+    report.save(tmp_path / "x.txt")
+    assert (tmp_path / "x.txt").read_text() == f"{report}\n"

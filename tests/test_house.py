@@ -32,7 +32,10 @@ ROOMS = {
     "passes": ("the rewrites, a file each", "errors options graph metadata ops kernels attention_forms"),
     "viz": ("any two graphs: difference, history, pictures", "errors options graph"),
     "compiler": ("runs passes, and knows none", "errors options graph metadata ops kernels trace viz"),
-    "inductor": ("a graph to code, kept on disk; torch.compile", "errors options graph metadata ops kernels compiler"),
+    "inductor": (
+        "a graph to code, kept on disk; torch.compile",
+        "errors options graph metadata ops kernels viz compiler",
+    ),
     "extend": ("what third parties need, and nothing else", "errors graph metadata ops kernels"),
     "runtime": ("requests to steps to tokens", "errors options metadata ops"),
     "app": ("what a user starts", "errors options graph metadata ops kernels trace viz compiler inductor runtime"),

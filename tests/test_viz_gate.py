@@ -10,10 +10,12 @@ from typing import Any
 
 import pytest
 import torch
+from tiny_models import tiny
 from torch import fx, nn
 from traces import before as before_pass
 from viz_graphs import Maker, aten, attention_layer, cached_layer, graph_module, layers
 
+from autodeploy.app import models
 from autodeploy.app.cli import main
 from autodeploy.compiler import pipeline
 from autodeploy.graph.meta import ROLE
@@ -59,8 +61,8 @@ def test_conditions(condition: str, code: int, files: list[str], capsys: pytest.
 def test_values(value: torch.Tensor, condition: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     for name, made in (("a", torch.ones(2, 3)), ("b", value)):
         graph = graph_module(lambda make, x, made=made: make.call(aten.sin.default, x, value=made))
-        Snapshot.of(graph).save(tmp_path / name)
-    paths = [str(tmp_path / name) for name in "ab"]
+        Snapshot.of(graph).save(tmp_path / f"{name}.json")
+    paths = [str(tmp_path / f"{name}.json") for name in "ab"]
     assert main(["diff", *paths, "--fail-on", "shape,dtype"]) == 1
     assert capsys.readouterr().err == f"{condition}: sin_default\n"
     assert main(["diff", *paths, "--fail-on", "shape" if condition == "dtype" else "dtype"]) == 0
@@ -78,7 +80,7 @@ def test_expected_summary(files: list[str], tmp_path: Path, capsys: pytest.Captu
 
 
 def test_ignoring(tmp_path: Path) -> None:
-    paths = [str(tmp_path / name) for name in "ab"]
+    paths = [str(tmp_path / f"{name}.json") for name in "ab"]
     for path, name in zip(paths, ("sin", "sine"), strict=True):
         gm = graph_module(lambda make, x: make.call(aten.sin.default, x))
         gm.graph.find_nodes(op="call_function", target=aten.sin.default)[0].name = name
@@ -174,6 +176,29 @@ def test_traces_stand_for_their_last_graph(files: list[str], tmp_path: Path) -> 
     assert main(["diff", files[0], str(tmp_path / "trace.json")]) == 0
 
 
+def test_what_apply_saves_can_be_opened(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A whole trace as a page again, and two of its stages compared by exact links."""
+    monkeypatch.setattr(models, "resolve_model", lambda name: name)
+    monkeypatch.setattr(models, "load_model", lambda name, dtype: (tiny("llama"), None))
+    assert main(["apply", "tiny", "--save", str(tmp_path)]) == 0
+    trace = str(tmp_path / "trace.json")
+    assert main(["diff", trace, "--html", str(tmp_path / "page.html"), "--save", str(tmp_path / "x.svg")]) == 0
+    assert "share_metadata" in (tmp_path / "page.html").read_text()[:400] + capsys.readouterr().out
+    assert main(["diff", f"{trace}@insert_cached_attention", f"{trace}@share_metadata"]) == 1
+    assert "became one node of" in capsys.readouterr().out
+    assert main(["diff", f"{trace}@share_metadta", trace]) == 2
+    assert "did you mean 'share_metadata'" in capsys.readouterr().err
+
+
+def test_one_graph_alone_is_no_difference(files: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["diff", files[0]]) == 2
+    assert "name another one" in capsys.readouterr().err
+    assert main(["diff", f"{files[0]}@start", files[1]]) == 2
+    assert "has no stages" in capsys.readouterr().err
+
+
 def test_saved_files(files: list[str], tmp_path: Path) -> None:
     for ending in ("svg", "json"):
         assert main(["diff", *files, "--fail-on", "shape", "--save", str(tmp_path / f"diff.{ending}")]) == 0
@@ -210,7 +235,7 @@ def test_duplicates_are_found_in_metadata_only(tmp_path: Path, capsys: pytest.Ca
     assert duplicate_metadata(Snapshot.of(repeated(1))) == []
     activations = graph_module(lambda make, x: [make.call(aten.sin.default, x) for _ in range(2)])
     assert duplicate_metadata(Snapshot.of(activations)) == []
-    paths = [str(tmp_path / name) for name in "ab"]
+    paths = [str(tmp_path / f"{name}.json") for name in "ab"]
     for path, number in zip(paths, (1, 2), strict=True):
         Snapshot.of(repeated(number)).save(path)
     assert main(["diff", *paths, "--fail-on", "duplicate-metadata"]) == 1

@@ -90,8 +90,14 @@ def test_saving(tmp_path: Path) -> None:
     trace = pipeline_trace()
     trace.save(tmp_path / "trace.html")
     assert (tmp_path / "trace.html").read_text() == render_page(trace)
-    with pytest.raises(OptionError, match=r"x\.htm"):
-        diff.save(tmp_path / "x.htm")
+    for ending, start in {"svg": "<svg ", "json": "{", "txt": "start -> "}.items():
+        trace.save(tmp_path / f"trace.{ending}")
+        assert (tmp_path / f"trace.{ending}").read_text().startswith(start)
+    for shown in (diff, trace, diff.before):
+        for name in ("x.htm", "x", "x.png"):
+            with pytest.raises(OptionError, match=rf"cannot save .* as '{name}'"):
+                shown.save(tmp_path / name)
+            assert not (tmp_path / name).exists()
 
 
 def test_notebooks_show_the_page_of_a_trace() -> None:
@@ -120,6 +126,12 @@ def test_apply_keeps_its_history() -> None:
         "start",
         *(record.name for record in result.report.passes),
     ]
+    shown = (result, result.report, result.trace, ad.diff(gm, result.module), result.trace.stages[0].snapshot)
+    for each in shown:
+        assert "\n" not in repr(each)
+        assert len(repr(each)) < 300
+    assert "<iframe " in result._repr_html_()
+    assert "<pre>" in ad.apply(gm).report._repr_html_()
     diff = ad.diff(gm, result.module)
     assert isinstance(diff, GraphDiff)
     assert not diff.is_empty

@@ -15,7 +15,7 @@ from traces import text, traced
 from viz_graphs import Maker, aten, attention_layer, graph_module, layers
 
 from autodeploy.compiler import pipeline
-from autodeploy.errors import OptionError, PassError
+from autodeploy.errors import OptionError, PassError, UnknownName
 from autodeploy.graph.edit import PREPARE
 from autodeploy.viz.history import Stage
 from autodeploy.viz.provenance import Recorder
@@ -296,6 +296,30 @@ def test_getitem_of_a_list_is_no_call() -> None:
         return make.graph.call_function(operator.getitem, (parts, 0))
 
     assert Snapshot.of(graph_module(build)).source_of == {}
+
+
+def test_anybodys_pass() -> None:
+    """Code in a `with` block is a step, without a pipeline; a second one follows."""
+    gm = two_negations()
+    with Recorder(gm, "mine") as recorder:
+        replace_neg(gm)
+    with recorder.step(gm, "another"):
+        replace_mul(gm)
+    trace = recorder.trace()
+    assert repr(trace) == "Trace(start -> mine -> another)"
+    assert [stage.error for stage in trace.stages] == ["", "", ""]
+    assert [entry.kind for entry in trace.diff("start", "another").changed] == ["replaced"]
+    assert all("autodeploy_node_id" not in node.meta for node in gm.graph.nodes)
+    with pytest.raises(UnknownName, match="unknown stage 'anothr'"):
+        trace.diff("start", "anothr")
+
+
+def test_anybodys_pass_that_raises() -> None:
+    gm = two_negations()
+    recorder = Recorder(gm, "mine")
+    with pytest.raises(ZeroDivisionError, match="division by zero"), recorder:
+        replace_neg(gm) or 1 / 0
+    assert recorder.trace().stages[-1].error == "ZeroDivisionError: division by zero"
 
 
 def test_a_recorder_that_no_pass_told_of_anything() -> None:

@@ -108,7 +108,9 @@ def _add_generate(parser: argparse.ArgumentParser) -> None:
 
 def _add_apply(parser: argparse.ArgumentParser) -> None:
     _add_model(parser)
-    parser.add_argument("--save", type=Path, metavar="DIR", help="write report.txt, graph_before.txt, graph_after.txt")
+    parser.add_argument(
+        "--save", type=Path, metavar="DIR", help="write report.txt, trace.json, graph_before.txt, graph_after.txt"
+    )
     parser.add_argument("--html", type=Path, metavar="FILE", help="write a page that shows what each pass did")
     parser.set_defaults(run=_apply)
 
@@ -183,17 +185,18 @@ def _apply(args: argparse.Namespace) -> None:
         raise OptionError(f"--html {args.html} is a folder, or in none", fix="name a file in a folder that is there")
     model, _ = load_model(resolve_model(args.model), _dtype(args.dtype))
     gm = trace(model)
-    recorder = Recorder() if args.html else None
+    recorder = Recorder() if args.html or args.save else None
     try:
         result = apply(gm, parse_backend(args.backend), page_size=args.page_size, recorder=recorder)
     finally:
         # Also what a pass that raised has left behind.
-        if recorder and args.html and recorder.trace().stages:
+        if recorder and args.html:
             args.html.write_text(render_page(recorder.trace(), f"autodeploy apply {args.model}"), encoding="utf-8")
     print(result.report)
     if args.save is None:
         return
     args.save.mkdir(parents=True, exist_ok=True)
+    result.report.save(args.save / "trace.json")
     texts = {
         "report": str(result.report),
         "graph_before": gm.print_readable(print_output=False),

@@ -24,19 +24,28 @@ from autodeploy.ops.cache import Cache
 from autodeploy.viz import GraphDiff, Recorder, Snapshot, Trace
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Result:
     """What `apply` made: the new graph, and what was done to get there.
 
-    `layout_spec` and `cache_specs` say what the graph takes beside the tokens; None and empty before caching. `trace`
-    is the graph after each pass, None where `apply` was given no recorder.
+    `layout_spec` and `cache_specs` say what the graph takes beside the tokens; None and empty before caching.
     """
 
     module: fx.GraphModule
     report: Report
     layout_spec: LayoutSpec | None
     cache_specs: tuple[Cache, ...]
-    trace: Trace | None = None
+
+    @property
+    def trace(self) -> Trace | None:
+        """The graph after each pass, None where `apply` was given no recorder."""
+        return self.report.trace
+
+    def __repr__(self) -> str:
+        return f"Result({len(self.module.graph.nodes)} nodes, {self.report!r})"
+
+    def _repr_html_(self) -> str:
+        return self.report._repr_html_()
 
 
 def apply(
@@ -65,9 +74,8 @@ def apply(
     observers: list[Observer] = [ValueChecker(), Verifier()] if verify else []
     with recorder or nullcontext():
         records = pipeline.run(copy, steps, [recorder, *observers] if recorder else observers)
-    report = Report.of(records, copy, TRACE_SECONDS.get(gm, 0.0))
-    specs = tuple(CACHE_SPECS.get(copy, ()))
-    return Result(copy, report, LAYOUT_SPEC.get(copy), specs, recorder.trace() if recorder else None)
+    report = Report.of(records, copy, TRACE_SECONDS.get(gm, 0.0), trace=recorder.trace() if recorder else None)
+    return Result(copy, report, LAYOUT_SPEC.get(copy), tuple(CACHE_SPECS.get(copy, ())))
 
 
 def diff(

@@ -4,16 +4,20 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
+from html import escape
+from pathlib import Path
 from typing import Any
 
 from torch import fx
 
 from autodeploy.compiler.pipeline import Counts, NearMiss, PassRecord
+from autodeploy.errors import OptionError
 from autodeploy.graph.edit import placeholders
 from autodeploy.graph.meta import SITE
 from autodeploy.graph.sizes import NO_BYTES, Bytes, bytes_of
 from autodeploy.graph.values import tensors
+from autodeploy.viz import Trace
 
 _SENT = ("tokens", "layout")  # roles of inputs that are new in every step; weights and caches are not
 
@@ -37,11 +41,12 @@ class Ledger:
     bytes_sent: Bytes = NO_BYTES
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Report:
     """The records of one run of the pipeline. `trace_seconds` is 0 where the graph came from elsewhere.
 
-    `graph` names a graph that torch.compile handed to our backend; empty for a traced model.
+    `graph` names a graph that torch.compile handed to our backend; empty for a traced model. `trace` is the graph after
+    each pass, None where nobody recorded it.
     """
 
     passes: tuple[PassRecord, ...]
@@ -49,11 +54,18 @@ class Report:
     trace_seconds: float = 0.0
     notes: tuple[str, ...] = field(default=())
     graph: str = ""
+    trace: Trace | None = field(default=None, compare=False)
 
     @staticmethod
-    def of(records: Sequence[PassRecord], gm: fx.GraphModule, trace_seconds: float = 0.0, graph: str = "") -> Report:
+    def of(
+        records: Sequence[PassRecord],
+        gm: fx.GraphModule,
+        trace_seconds: float = 0.0,
+        graph: str = "",
+        trace: Trace | None = None,
+    ) -> Report:
         """The report of a run that ended in `gm`."""
-        return Report(tuple(records), _ledger(records, gm), trace_seconds, graph=graph)
+        return Report(tuple(records), _ledger(records, gm), trace_seconds, graph=graph, trace=trace)
 
     @staticmethod
     def without_passes(graph: str, reason: str) -> Report:
@@ -65,16 +77,42 @@ class Report:
         """Time of all passes together."""
         return sum(record.seconds for record in self.passes)
 
+    def __repr__(self) -> str:
+        ledger = self.ledger
+        graph = f"graph {self.graph}, " if self.graph else ""
+        metadata = f"metadata {ledger.nodes_naive} -> {ledger.nodes_shared} nodes"
+        return f"Report({graph}{len(self.passes)} passes in {self.seconds:.2f} s, {metadata})"
+
+    def _repr_html_(self) -> str:
+        page = "" if self.trace is None else self.trace._repr_html_()
+        return f"<pre>{escape(str(self))}</pre>{page}"
+
+    def save(self, path: str | Path) -> None:
+        """Write the table (.txt), or of what was recorded a page (.html), a picture (.svg), or what `autodeploy diff`
+        opens (.json). Raises OptionError for other endings, and where nothing was recorded.
+        """
+        if Path(path).suffix == ".txt":
+            Path(path).write_text(f"{self}\n", encoding="utf-8")
+        elif self.trace is not None:
+            self.trace.save(path)
+        else:
+            raise OptionError(
+                f"nothing was recorded to be saved as {Path(path).name!r}",
+                fix="apply(gm, recorder=Recorder()), or torch.compile(..., options={'record': True})",
+            )
+
     def __str__(self) -> str:
         lines = [f"torch.compile graph {self.graph}"] if self.graph else []
         if self.passes:
-            ledger = _foreign_ledger_lines(self.ledger) if self.graph else _ledger_lines(self.ledger)
+            ledger = _foreign_ledger_lines(self) if self.graph else _ledger_lines(self.ledger)
             lines += [*_pass_table(self), "", *ledger]
         return "\n".join([*lines, *self.notes])
 
     def to_json(self) -> dict[str, Any]:
         """Plain data; `from_json` reads it back."""
-        return asdict(self)
+        data = asdict(replace(self, trace=None))
+        del data["trace"]  # which has a file of its own
+        return data
 
     @staticmethod
     def from_json(data: dict[str, Any]) -> Report:
@@ -161,8 +199,10 @@ def _ledger_lines(ledger: Ledger) -> list[str]:
     ]
 
 
-def _foreign_ledger_lines(ledger: Ledger) -> list[str]:
-    merged = ledger.nodes_naive - ledger.nodes_shared
+def _foreign_ledger_lines(report: Report) -> list[str]:
+    """Where no size is symbolic, all is constant: nothing reads a layout, but duplicates are merged."""
+    ledger = report.ledger
+    merged = ledger.nodes_naive - ledger.nodes_shared or sum(record.matches for record in report.passes)
     return [f"layout-only nodes: {ledger.nodes_naive} -> {ledger.nodes_shared}, {merged} duplicates merged"]
 
 

@@ -53,6 +53,8 @@ GRAPH_ARGUMENT = Key[Any]("grapharg")
 TENSOR_DICT = Key[dict[str, Any]]("tensor_dict")
 DESCRIPTION = Key[Any]("desc")
 
+# Of inputs: what the model calls them, where a graph has lost it.
+MODEL_NAME = Key[str]("autodeploy_model_name")
 # Of inputs: "layout", "constant", "tokens", "cache" or "weight".
 ROLE = Key[str]("autodeploy_role")
 # Of get_attr nodes: tracing made this tensor, it is nobody's to change.

@@ -13,9 +13,10 @@ import hashlib
 import warnings
 from collections import deque
 from collections.abc import Sequence
+from contextlib import nullcontext
 from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import fx
@@ -25,6 +26,7 @@ from torch._guards import CompileContext, TracingContext
 from torch._inductor import config as inductor_config
 from torch._inductor import custom_graph_pass
 
+from autodeploy import options as environment
 from autodeploy.compiler import pipeline
 from autodeploy.compiler.own_passes import own_passes
 from autodeploy.compiler.report import Report
@@ -32,8 +34,9 @@ from autodeploy.errors import AutodeployError, OptionError, PassError, UnknownNa
 from autodeploy.graph.aliasing import storages
 from autodeploy.graph.edit import Pass, placeholders
 from autodeploy.graph.equality import mark_constants
-from autodeploy.graph.meta import DESCRIPTION, GRAPH_ARGUMENT, ROLE, TENSOR_DICT, VALUE
+from autodeploy.graph.meta import DESCRIPTION, GRAPH_ARGUMENT, MODEL_NAME, ROLE, TENSOR_DICT, VALUE
 from autodeploy.graph.outline import inline
+from autodeploy.viz import Recorder
 
 _HOOK = "post_grad_custom_pre_pass"
 # Older versions of torch take one pass, and do not tell it whether the graph trains.
@@ -56,11 +59,13 @@ def autodeploy(
 
     `mode` is one of torch.compile's. `options` are Inductor's, and `on_error`: what to do where a pass fails. "raise",
     the default, raises PassError; "inductor" warns and compiles the graph as it was, and keeps no code between
-    processes, so that the next one is warned, too.
+    processes, so that the next one is warned, too. With `record`, reports have a `trace`, and no code is kept, either.
     Raises UnknownName or OptionError for options.
     """
     options = dict(options or {})
     on_error = options.pop("on_error", "raise")
+    settings = environment.from_environment()
+    record = environment.flag("record", options.pop("record", settings.record))
     if on_error not in _ON_ERROR:
         raise OptionError(f"on_error={on_error!r}", fix=f"use one of {', '.join(_ON_ERROR)}")
     config = _inductor_config(mode, options)
@@ -70,13 +75,16 @@ def autodeploy(
             f"{_HOOK} is taken by another pass, and torch {torch.__version__} has room for one",
             fix="unset it, or use torch 2.13",
         )
-    ours = _SharedMetadata(_compile_id(), _roles(gm, example_inputs), set(storages(gm)), on_error == "inductor")
+    inputs = _Inputs(_roles(gm, example_inputs), _names(gm) if record else ())
+    ours = _SharedMetadata(_compile_id(), inputs, set(storages(gm)), on_error == "inductor", record)
     config[_HOOK] = [*theirs, ours] if theirs else ours
 
     from torch._inductor.compile_fx import compile_fx
 
     hits = _num_cache_hits()
     compiled = compile_fx(gm, example_inputs, config_patches=config)
+    if settings.pages is not None:
+        _write_pages(settings.pages, ours.reports)
     _reports.extend(ours.reports or [Report.without_passes(ours.graph_name, _WHY_NO_PASS[_num_cache_hits() > hits])])
     return compiled
 
@@ -91,14 +99,32 @@ def last_report() -> Report | None:
     return _reports[-1] if _reports else None
 
 
+def _write_pages(folder: Path, reports: Sequence[Report]) -> None:
+    """A page for each recorded graph: `0_1.html` of graph 0/1, `0_1.2.html` where there is a second of that name."""
+    folder.mkdir(parents=True, exist_ok=True)
+    for index, report in enumerate(report for report in reports if report.trace is not None):
+        name = report.graph.replace("/", "_") or "graph"
+        report.save(folder / f"{name}{f'.{index + 1}' if index else ''}.html")
+
+
+class _Inputs(NamedTuple):
+    """What each input of Dynamo's graph is to the passes, and, where that is to be recorded, to the model."""
+
+    roles: tuple[str, ...]
+    names: tuple[str, ...] = ()
+
+
 class _SharedMetadata(_BASE):
     """Our passes, as one pass of Inductor's over the ATen graph of `graph_name` and the subgraphs in it.
 
-    `roles` are those of the inputs of Dynamo's graph, `owned` the storages that it brings along, which are somebody's.
+    `inputs` are those of Dynamo's graph, `owned` the storages that it brings along, which are somebody's.
     """
 
-    def __init__(self, graph_name: str, roles: tuple[str, ...], owned: set[Any], keeps_going: bool) -> None:
-        self.graph_name, self.roles, self.owned, self.keeps_going = graph_name, roles, owned, keeps_going
+    def __init__(
+        self, graph_name: str, inputs: _Inputs, owned: set[Any], keeps_going: bool, records: bool = False
+    ) -> None:
+        self.graph_name, self.inputs, self.owned = graph_name, inputs, owned
+        self.keeps_going, self.records = keeps_going, records
         self.reports: list[Report] = []
 
     def __call__(self, graph: fx.Graph, is_inference: bool | None = None) -> None:
@@ -109,10 +135,12 @@ class _SharedMetadata(_BASE):
             self.reports = [Report.without_passes(self.graph_name, "a graph that trains is left to Inductor")]
             return
         original = copy.deepcopy(graph) if self.keeps_going else None
+        recorder = Recorder() if self.records else None
         try:
             self._give_roles(gm)
             mark_constants(gm, self.owned)
-            records = pipeline.run(gm, _passes())
+            with recorder or nullcontext():
+                records = pipeline.run(gm, _passes(), [recorder] if recorder else [])
             inline(gm)
         except Exception as error:  # also those that no pass raised: here is the last place to fall back
             failure = "\n".join([str(error), *getattr(error, "__notes__", ())])
@@ -124,19 +152,25 @@ class _SharedMetadata(_BASE):
             warnings.warn(f"graph {self.graph_name} is compiled by Inductor alone: {failure}", stacklevel=2)
             self.reports.append(Report.without_passes(self.graph_name, failure))
         else:
-            self.reports.append(Report.of(records, gm, graph=self.graph_name))
+            trace = recorder.trace() if recorder else None
+            self.reports.append(Report.of(records, gm, graph=self.graph_name, trace=trace))
 
     def uuid(self) -> str | None:
-        return None if self.keeps_going else f"autodeploy {_source_hash()} {self.roles} {bool(self.owned)}"
+        if self.keeps_going or self.records:
+            return None
+        return f"autodeploy {_source_hash()} {self.inputs.roles} {bool(self.owned)}"
 
     def _give_roles(self, gm: fx.GraphModule) -> None:
         for node in placeholders(gm):
             ROLE.set(node, self._role(node))
+            desc = DESCRIPTION.get(node)
+            if self.inputs.names and isinstance(desc, PlainAOTInput):
+                MODEL_NAME.set(node, self.inputs.names[desc.idx])
 
     def _role(self, node: fx.Node) -> str:
         desc = DESCRIPTION.get(node)
         if isinstance(desc, PlainAOTInput):
-            return self.roles[desc.idx]
+            return self.inputs.roles[desc.idx]
         if desc is not None and desc.is_param():
             return "weight"
         return _role_of_value(VALUE.get(node))
@@ -165,6 +199,12 @@ def _roles(gm: fx.GraphModule, example_inputs: Sequence[Any]) -> tuple[str, ...]
     return tuple(_role(node, value) for node, value in zip(placeholders(gm), example_inputs, strict=True))
 
 
+def _names(gm: fx.GraphModule) -> tuple[str, ...]:
+    """What Dynamo says of where each input comes from, such as `L['self']._modules['norm']._parameters['weight']`."""
+    arguments = [GRAPH_ARGUMENT.get(node) for node in placeholders(gm)]
+    return tuple("" if argument is None else str(argument.source.name) for argument in arguments)
+
+
 def _role(node: fx.Node, value: Any) -> str:
     if isinstance(value, torch.nn.Parameter):
         return "weight"
@@ -189,7 +229,7 @@ def _inductor_config(mode: str | None, options: dict[str, Any]) -> dict[str, Any
         if not isinstance(name, str):
             raise OptionError(f"an option is called {name!r}", fix="name it by a string")
         if name.replace("-", "_") not in known:
-            raise UnknownName("option", name, ["on_error", *known])
+            raise UnknownName("option", name, ["on_error", "record", *known])
     try:
         return dict(torch._TorchCompileInductorWrapper(mode, options, dynamic=None).config)
     except Exception as error:  # torch raises several sorts for a mode or a value that it does not know

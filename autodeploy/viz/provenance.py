@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
 from itertools import count
 from types import TracebackType
 from typing import Protocol, Self
@@ -31,6 +32,13 @@ class Step(Protocol):
     def name(self) -> str: ...
 
 
+@dataclass(frozen=True)
+class _Named:
+    """A step that is somebody's code inside a `with` block."""
+
+    name: str
+
+
 class Record(Protocol):
     """What the runner says about a pass that has run."""
 
@@ -48,10 +56,18 @@ class Recorder:
             pipeline.run(gm, passes, [recorder])
         recorder.trace()
 
+    Anybody's pass that rewrites a graph in place is a step, too:
+
+        with Recorder(gm, "my pass") as recorder:
+            my_pass(gm)
+        with recorder.step(gm, "another"):
+            another(gm)
+
     Left by an exception, it records the pass that raised, with the graph that it left behind, as the last stage.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, gm: fx.GraphModule | None = None, name: str = "pass") -> None:
+        self._first = (gm, name)
         self._stages: list[Stage] = []
         self._ids: dict[fx.Node, int] = {}
         self._numbers = count()
@@ -71,14 +87,25 @@ class Recorder:
         """Keep what the pass did."""
         self._finish(record=record)
 
+    @contextmanager
+    def step(self, gm: fx.GraphModule, name: str) -> Iterator[None]:
+        """Record what happens to `gm` inside as one step."""
+        with self:
+            self.before(_Named(name), gm)
+            yield
+
     def __enter__(self) -> Self:
+        (gm, name), self._first = self._first, (None, "")
+        if gm is not None:
+            self.before(_Named(name), gm)
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         if self._running is not None:
-            self._finish(error=_first_line(error) if error else "not finished")
+            is_ours = isinstance(self._running[0], _Named)
+            self._finish(error=_first_line(error) if error else "" if is_ours else "not finished")
         for node in self._ids:
             NODE_ID.take(node)
 
@@ -106,7 +133,8 @@ class Recorder:
                 if source not in alive:
                     into.setdefault(source, (id,))
         matches, seconds = (record.matches, record.seconds) if record else (0, 0.0)
-        self._stages.append(Stage(step.name, snapshot, repr(step), matches, seconds, error, into, origins))
+        options = "" if isinstance(step, _Named) else repr(step)
+        self._stages.append(Stage(step.name, snapshot, options, matches, seconds, error, into, origins))
 
     def _snapshot(self, gm: fx.GraphModule, title: str) -> Snapshot:
         self._number(gm)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import operator
+import re
 from collections.abc import Callable, Iterator
 from functools import cache
 from typing import Any
@@ -11,13 +12,14 @@ import torch
 from torch import fx
 
 from autodeploy.graph.location import module_path
-from autodeploy.graph.meta import MODULE_STACK, ROLE, STACK_TRACE
+from autodeploy.graph.meta import MODEL_NAME, MODULE_STACK, ROLE, STACK_TRACE
 from autodeploy.viz.arguments import Argument, Arguments, plain_text, read_argument
 from autodeploy.viz.node import Node
 from autodeploy.viz.values import read_values, value_leaves
 
 IdOf = Callable[[fx.Node], int]
 _SIZES = (torch.ops.aten.sym_size.int, torch.ops.aten.sym_numel.default, torch.ops.aten.sym_stride.int)
+_ITEM = re.compile(r"(?:\._(?:modules|parameters|buffers))?\[['\"]?([^]'\"]*)['\"]?\]")
 _NO_MODULE = "_empty_nn_module_stack_from_metadata_hook"  # torch.export writes this where there is none
 
 
@@ -74,7 +76,7 @@ def _read_node(node: fx.Node, graph: str, owner: fx.GraphModule, id_of: IdOf, si
         id=id_of(node),
         name=node.name,
         op=node.op,
-        target=_target(node.target),
+        target=_plain_path(MODEL_NAME.get(node, "")) or _target(node.target),
         arguments=_arguments(node, attribute, id_of),
         values=values,
         graph=graph,
@@ -134,8 +136,16 @@ def _module(node: fx.Node) -> tuple[str, str]:
         return "", ""
     kind = list(MODULE_STACK.of(node).values())[-1][1]
     name = kind if isinstance(kind, str) else kind.__qualname__
-    # Dynamo writes L['self'].layers.0
-    return path.partition("].")[2] if path.startswith("L[") else path, name.rpartition(".")[2]
+    return _plain_path(path), name.rpartition(".")[2]
+
+
+def _plain_path(path: str) -> str:
+    """As the model names it: Dynamo writes `L['self'].layers[0]` and `L['self']._modules['layers']`."""
+    if not path.startswith(("L[", "G[")):
+        return path
+    local, _, rest = path[2:].partition("]")
+    plain = _ITEM.sub(r".\1", rest).strip(".")
+    return plain or ("" if local == "'self'" else local.strip("'\""))
 
 
 @cache

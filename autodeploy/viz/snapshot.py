@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -18,17 +17,21 @@ from autodeploy.viz.arguments import Ref, format_argument
 from autodeploy.viz.node import Node, node_from_json, node_to_json
 from autodeploy.viz.pause import collector_paused
 from autodeploy.viz.read import graphs_of, read_nodes
+from autodeploy.viz.save import as_json, write
 from autodeploy.viz.seethrough import calls, see_through
 
 SCHEMA = "autodeploy.snapshot/1"
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Snapshot:
     """All nodes, those of the outermost graph first, then those of each graph that it calls; each in graph order."""
 
     nodes: tuple[Node, ...]
     title: str = ""
+
+    def __repr__(self) -> str:
+        return f"Snapshot({self.title!r}, {len(self.nodes)} nodes)"
 
     @staticmethod
     def of(gm: fx.GraphModule, title: str = "", id_of: Callable[[fx.Node], int] | None = None) -> Snapshot:
@@ -98,8 +101,8 @@ class Snapshot:
         return {"schema": SCHEMA, "title": self.title, "nodes": [node_to_json(node) for node in self.nodes]}
 
     def save(self, path: str | Path) -> None:
-        """Write as JSON, for `autodeploy diff`."""
-        Path(path).write_text(json.dumps(self.to_json(), indent=1) + "\n", encoding="utf-8")
+        """Write .json, for `autodeploy diff`. Raises OptionError for other endings."""
+        write(path, self, {".json": as_json})
 
     @staticmethod
     def from_json(data: dict[str, Any]) -> Snapshot:

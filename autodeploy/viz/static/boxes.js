@@ -233,11 +233,17 @@ function farInputs(book, version) {
 // A weight by the end of its path, another node by its name.
 function portName(place) {
   const { op, target, name } = place.versions[0];
-  return op === "get_attr" ? target.split(".").slice(-2).join(".") : name;
+  const isNamed = op === "get_attr" || (op === "placeholder" && target.includes("."));
+  return isNamed ? target.split(".").slice(-2).join(".") : name;
 }
 
-// How many read what is drawn without edges.
+// How many were merged into it, and how many read what is drawn without edges.
 function readersText(step, place) {
+  const twins = step.twinsOf(place.index);
+  return `${twins ? `  = ${twins} more` : ""}${farReaders(step, place)}`;
+}
+
+function farReaders(step, place) {
   const number = place.far || step.outputs.has(place) ? step.numReaders.get(place.index) : 0;
   return number ? `  ▸ ${number} reader${number > 1 ? "s" : ""}` : "";
 }

@@ -25,13 +25,18 @@ class Picture {
     this.picked = selected;
   }
 
-  draw(zoom) {
+  // `heading` are lines above the picture.
+  draw(zoom, heading = []) {
     const { root } = this.scene;
-    const [width, height] = [root.w + 24, root.h + 24];
+    const top = 12 + 20 * heading.length;
+    const [width, height] = [root.w + 24, root.h + 12 + top];
     const size = { width: Math.round(width * zoom), height: Math.round(height * zoom) };
-    const view = { viewBox: `-12 -12 ${width} ${height}`, role: "group", "aria-label": "Graph" };
+    const view = { viewBox: `-12 ${-top} ${width} ${height}`, role: "group", "aria-label": "Graph" };
     const picture = svg(null, "svg", { class: "ad-picture", ...view, ...size });
     const items = [...descend(root)].filter((item) => item !== root && this.isShown(item));
+    heading.forEach((line, index) => {
+      svg(picture, "text", { class: "heading", x: root.x + PADDING, y: 24 - top + 20 * index }, line);
+    });
     this.drawRoot(picture, root);
     items.filter((item) => item.children).forEach((frame) => this.drawFrame(picture, frame));
     this.drawLinks(picture);

@@ -3,11 +3,6 @@
 const MAX_LINES = 400; // of the list of changes
 const MAX_FOUND = 40;
 
-function stepName(book, index) {
-  const { first, last } = book.steps[index];
-  return last - first > 1 ? "all passes" : book.stages[last].name;
-}
-
 function drawTimeline(page, list, slider) {
   const { book } = page;
   slider.max = book.steps.length - 1;

@@ -34,12 +34,14 @@ function escaped(text) {
 
 globalThis.document ??= { createElementNS: (_, tag) => new Paper(tag) };
 
-// A step as a picture of about `width` by `height`, and the boxes and links in it.
+// A step as a picture of about `width` by `height`, with its name and story above, and the boxes and links in it.
 function drawStep(data, index, width, height) {
   const book = new Book(JSON.parse(data));
   const step = new Step(book, index);
   const scene = new Scene(openChanged(step, width, height));
   const picture = new Picture(scene, BOTH, null);
+  const name = book.isHistory ? stepName(book, index) : `${step.before.name} → ${step.after.name}`;
+  const heading = [step.story ? `${name}: ${step.story.headline}` : name];
   const items = [...descend(scene.root)].filter((item) => item !== scene.root);
   const boxes = items.map(({ key, parent, place, group, children, x, y, w, h }) => {
     const kind = place ? step.sides[place.index].kind : step.kindOf(group);
@@ -53,5 +55,5 @@ function drawStep(data, index, width, height) {
     const ends = edges.map(([source, user]) => [book.places[source].id, book.places[user].id]);
     return { from: from.key, to: to.key, kind, ends, points };
   });
-  return JSON.stringify({ svg: `${picture.draw(1)}`, boxes, links });
+  return JSON.stringify({ svg: `${picture.draw(1, heading)}`, boxes, links });
 }

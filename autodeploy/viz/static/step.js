@@ -135,8 +135,13 @@ class Step {
     return this.live;
   }
 
+  // Whether nothing happened to a place, nor was anything merged into it.
   isQuiet(index) {
-    return this.sides[index].kind === "unchanged";
+    return this.sides[index].kind === "unchanged" && !this.twinsOf(index);
+  }
+
+  twinsOf(index) {
+    return this.sides[index].after && this.twins.get(this.book.places[index].id)?.before.length;
   }
 
   // Unchanged places next to one of the same group that was replaced or the like.
@@ -168,12 +173,13 @@ class Step {
 
   // Of each group: how many places of each kind, and how many on either side.
   readCounts() {
-    const counts = this.groups.map(() => ({ before: 0, after: 0, total: 0, kinds: {} }));
+    const counts = this.groups.map(() => ({ before: 0, after: 0, total: 0, live: 0, kinds: {} }));
     for (const place of this.book.places) {
       const side = this.sides[place.index];
       for (let group = place.group; group; group = group.parent) {
         const count = counts[group.index];
         count.total += 1;
+        count.live += this.isQuiet(place.index) ? 0 : 1;
         count.before += side.before ? 1 : 0;
         count.after += side.after ? 1 : 0;
         count.kinds[side.kind] = (count.kinds[side.kind] ?? 0) + 1;
@@ -227,9 +233,13 @@ class Step {
   }
 
   changesIn(group) {
-    const { kinds, total } = this.counts[group.index];
-    return total - (kinds.unchanged ?? 0);
+    return this.counts[group.index].live;
   }
+}
+
+function stepName(book, index) {
+  const { first, last } = book.steps[index];
+  return last - first > 1 ? "all passes" : book.stages[last].name;
 }
 
 // That of all edges of a link, "fate" where it says what became of nodes.
