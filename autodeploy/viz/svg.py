@@ -12,7 +12,7 @@ from autodeploy.viz.difference import Difference
 from autodeploy.viz.engine import picture, picture_style
 from autodeploy.viz.history import History
 
-WIDTH, HEIGHT = 1300, 1000
+WIDTH, HEIGHT = 880, 640  # of a window in which it can be read
 _OPENING = '<svg class="ad-picture"'
 
 

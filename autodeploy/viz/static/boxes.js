@@ -131,7 +131,8 @@ function openChanged(step, width, height) {
   const shown = new Openness(step, width);
   const inside = (group) => group.items.filter((inner) => isGroup(inner) && isWanted(step, inner));
   const isGone = (group) => step.book.around(group).some((outer) => outer.isWas);
-  const weight = (group) => (group.isWas ? 0 : group.called ? 1 : isGone(group) ? 3 : isInputs(step, group) ? 4 : 2);
+  const rules = [(group) => group.isWas, (group) => group.called, (group) => !isGone(group) && !isInputs(step, group)];
+  const weight = (group) => [...rules, isGone, () => true].findIndex((holds) => holds(group));
   let pending = inside(step.root);
   for (let tries = 0; pending.length && tries < MAX_TRIES; tries += 1) {
     pending.sort((one, other) => weight(one) - weight(other) || one.index - other.index);
@@ -146,10 +147,13 @@ function openChanged(step, width, height) {
   return shown;
 }
 
-// Changed, and neither what is put away behind a layer that looks the same, nor one of several that are gone.
+// Changed, and not put away behind a layer that looks the same; of what is gone only layers.
 function isWanted(step, group) {
   const family = (label) => label.replace(/\d+/g, "*");
   const first = group.parent.items.find((item) => isGroup(item) && family(item.label) === family(group.label));
+  if (group.parent.isWas && !/\d/.test(group.label)) {
+    return false;
+  }
   return step.changesIn(group) > 0 && !group.alike && (first === group || group.called);
 }
 

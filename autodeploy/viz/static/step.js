@@ -140,8 +140,9 @@ class Step {
     return this.sides[index].kind === "unchanged" && !this.twinsOf(index);
   }
 
+  // How many were merged into a place. Sizes, which launch nothing, do not count.
   twinsOf(index) {
-    return this.sides[index].after && this.twins.get(this.book.places[index].id)?.before.length;
+    return this.sides[index].after?.bytes ? this.twins.get(this.book.places[index].id)?.before.length : 0;
   }
 
   // Unchanged places next to one of the same group that was replaced or the like.
