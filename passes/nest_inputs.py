@@ -13,6 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Collection
 from dataclasses import dataclass
+from functools import partial
 from typing import ClassVar
 
 import torch
@@ -24,6 +25,7 @@ from autodeploy.errors import UnsupportedFeature
 from autodeploy.graph.edit import add_placeholder, near_miss, placeholder, placeholders, prepare_nodes, record
 from autodeploy.graph.location import node_location
 from autodeploy.graph.meta import NEAR_MISS, ROLE, VALUE
+from autodeploy.graph.positions import of_positions
 from autodeploy.graph.tokens import token_flow
 from autodeploy.graph.values import new_mode, new_size, retype, use_mode
 from autodeploy.metadata import fields
@@ -111,7 +113,7 @@ def check_tokens(gm: fx.GraphModule) -> Collection[fx.Node]:
         )
     for node, why in flow.places:
         raise UnsupportedFeature(
-            f"an op that {why}",
+            f"an op that {NEAR_MISS.get(node, why)}",
             where=node_location(node),
             fix="the model must take position_ids and use them wherever it needs positions",
         )
@@ -134,7 +136,11 @@ def _rewrite(gm: fx.GraphModule, old: dict[str, fx.Node], counted: Collection[fx
     if positions is not None:
         positions.replace_all_uses_with(record(first, _positions, layout, num_tokens))
     for node in counted:
-        node.replace_all_uses_with(record(node, _counted_positions, layout, num_tokens, VALUE.of(node).dtype))
+        table = next(iter(node.all_input_nodes), None)
+        if table is not None:
+            VALUE.take(table)  # of the padded batch's sizes; all values are made again below
+        per_token = record(node, fields.position_ids, layout, num_tokens)
+        node.replace_all_uses_with(record(node, partial(of_positions, node), per_token, table))
         gm.graph.erase_node(node)
     for name, node in old.items():
         if name != "input_ids":
@@ -161,10 +167,6 @@ def _as_batch(input_ids: Tensor) -> Tensor:
 
 def _positions(layout: Tensor, num_tokens: int) -> Tensor:
     return _as_batch(fields.position_ids(layout, num_tokens))
-
-
-def _counted_positions(layout: Tensor, num_tokens: int, dtype: torch.dtype) -> Tensor:
-    return torch.ops.aten.to.dtype(fields.position_ids(layout, num_tokens), dtype)
 
 
 def _replace_sizes(node: fx.Node, num_tokens: fx.Node) -> None:

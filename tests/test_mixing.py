@@ -125,7 +125,7 @@ MIXES: dict[str, tuple[Body, str]] = {
     "sort": (lambda x, p: x.sort(1).values, "runs along the sequence"),
     "convolution": (
         lambda x, p: F.conv1d(x.transpose(1, 2), torch.ones(SIZE, SIZE, 3), padding=1).transpose(1, 2),
-        "outside the transformers interfaces",
+        "came through no door of causal_conv1d",
     ),
     "group norm": (lambda x, p: F.group_norm(x.transpose(1, 2), 2).transpose(1, 2), "not known to treat tokens alone"),
     "mean": (lambda x, p: x - x.mean(1, keepdim=True), "reduces over tokens"),
@@ -209,9 +209,8 @@ def _counted_in_place(hidden: Tensor, position_ids: Tensor) -> Tensor:
 
 
 COUNTS_PLACES: dict[str, Body] = {
-    "slice of a table": lambda x, p: x + torch.ones(64, SIZE)[: x.shape[1]],
-    "cumsum of ones": lambda x, p: x + torch.ones(x.shape[:2]).cumsum(1).unsqueeze(-1),
-    "from one on": lambda x, p: x * torch.arange(1, x.shape[1] + 1)[:, None],
+    "cumsum of other numbers": lambda x, p: x + torch.full(x.shape[:2], 2).cumsum(1).unsqueeze(-1),
+    "every other entry": lambda x, p: x + torch.ones(64, SIZE)[: 2 * x.shape[1] : 2],
     "across rows": lambda x, p: x * torch.arange(x.shape[0] * x.shape[1]).view(*x.shape[:2], 1),
     "backwards": lambda x, p: x * torch.arange(x.shape[1]).flip(0)[:, None],
     "length": lambda x, p: x * x.shape[1],
@@ -220,6 +219,10 @@ POSITIONS: dict[str, Body] = {
     "learned positions": _learned_positions,
     "both kinds": lambda x, p: x * (1 + p - torch.arange(x.shape[1])).unsqueeze(-1),
     "in-place": _counted_in_place,
+    "slice of a table": lambda x, p: x + torch.linspace(0, 1, 64 * SIZE).view(64, SIZE)[2 : x.shape[1] + 2],
+    "slice of a buffer, looked up": lambda x, p: x + torch.eye(64, SIZE)[torch.arange(64)[None, : x.shape[1]]],
+    "cumsum of ones": lambda x, p: x + (torch.ones(x.shape[:2]).long().cumsum(1) - 1).unsqueeze(-1),
+    "from one on": lambda x, p: x * torch.arange(1, x.shape[1] + 1)[:, None],
     "scaled": lambda x, p: x * torch.log1p(torch.floor((torch.arange(x.shape[1]).float() + 1) / 4))[:, None],
 }
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Callable
 from functools import cache
 from typing import Any
 
@@ -12,7 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tiny_models import HEAD_DIM, MODEL_TYPES, WINDOW, tiny, tokens
 from torch import fx, nn
-from transformers import AutoModelForCausalLM, BloomConfig, PreTrainedModel, masking_utils
+from transformers import AutoModelForCausalLM, OpenAIGPTConfig, PreTrainedModel, masking_utils
 from transformers.masking_utils import (
     ALL_MASK_ATTENTION_FUNCTIONS,
     bidirectional_mask_function,
@@ -26,7 +27,8 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.models.lfm2 import modeling_lfm2
 from transformers.models.llama import modeling_llama
 
-from autodeploy.errors import AutodeployError, NoAttentionFound, TraceError, UnsupportedFeature
+import autodeploy as ad
+from autodeploy.errors import NoAttentionFound, TraceError, UnsupportedFeature
 from autodeploy.graph.location import module_path
 from autodeploy.graph.meta import STACK_TRACE, VALUE
 from autodeploy.metadata.span import Full, Window
@@ -177,47 +179,58 @@ def test_what_is_not_a_causal_language_model_is_refused() -> None:
             trace(model)  # pyright: ignore[reportArgumentType]
 
 
-def test_model_outside_the_attention_interface_lists_near_misses() -> None:
-    config = BloomConfig(vocab_size=32, hidden_size=16, n_layer=1, n_head=2)
-    with pytest.raises(NoAttentionFound, match=r"baddbmm.*transformer\.h\.0\.self_attention"):
+def test_attention_of_an_unknown_form_lists_near_misses() -> None:
+    config = OpenAIGPTConfig(vocab_size=32, n_embd=16, n_layer=1, n_head=2)
+    with pytest.raises(NoAttentionFound, match=r"transformer\.h\.0\.attn.*multiplies its scores by"):
         trace(AutoModelForCausalLM.from_config(config))
 
 
-_CHANGES: dict[str, tuple[Any, type[AutodeployError] | None, str]] = {
-    "whole slice": (lambda mask: mask[:, :, :, : mask.shape[-1]], None, ""),
-    "sum": (lambda mask: mask + 1.0, UnsupportedFeature, "a mask that the model computed itself"),
-    "part": (lambda mask: mask[:, :, 1:], UnsupportedFeature, "a mask that the model computed itself"),
-    "transposed": (lambda mask: mask.transpose(2, 3), UnsupportedFeature, "a mask that the model computed itself"),
-    "none": (lambda mask: None, UnsupportedFeature, "attention without a mask"),
+# What becomes of a mask on its way to attention, and whether the canonical node still has it in words.
+_CHANGES: dict[str, tuple[Callable[[torch.Tensor], torch.Tensor], bool]] = {
+    "whole slice": (lambda mask: mask[:, :, :, : mask.shape[-1]], True),
+    "doubled": (lambda mask: mask * 2.0, True),
+    "sum": (lambda mask: mask + 1.0, False),
+    "transposed": (lambda mask: mask.transpose(2, 3), False),
 }
 
 
 @pytest.mark.parametrize("change", _CHANGES)
-def test_mask_that_a_layer_changes_is_seen(change: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    apply, error, message = _CHANGES[change]
+def test_mask_that_a_layer_changes_is_part_of_the_graph(change: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    apply, is_causal = _CHANGES[change]
+    _with_mask(monkeypatch, apply)
+    gm = trace(tiny("llama"))
+    assert [node.kwargs.get("causal", True) for node in canonical_nodes(gm)] == [is_causal] * 4
+    with torch.no_grad():
+        torch.testing.assert_close(gm(**tokens(2, 9)), tiny("llama")(**tokens(2, 9)).logits)
+
+
+def test_attention_without_a_mask_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    _with_mask(monkeypatch, lambda mask: None)
+    with pytest.raises(UnsupportedFeature, match=r"attention without a mask(.|\n)*model\.layers\.0\.self_attn"):
+        trace(tiny("llama"))
+
+
+def _with_mask(monkeypatch: pytest.MonkeyPatch, change: Callable[[torch.Tensor], Any]) -> None:
     original = modeling_llama.LlamaAttention.forward
 
     def forward(self: Any, *args: Any, attention_mask: Any, **kwargs: Any) -> Any:
-        return original(self, *args, attention_mask=apply(attention_mask), **kwargs)
+        return original(self, *args, attention_mask=change(attention_mask), **kwargs)
 
     monkeypatch.setattr(modeling_llama.LlamaAttention, "forward", forward)
-    if error is None:
-        assert len(canonical_nodes(trace(tiny("llama")))) == 4
-        return
-    with pytest.raises(error, match=rf"{message}(.|\n)*model\.layers\.0\.self_attn"):
-        trace(tiny("llama"))
 
 
-def test_mask_used_outside_the_interface_is_seen(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_mask_that_a_layer_reads_is_traced_and_not_packed(monkeypatch: pytest.MonkeyPatch) -> None:
     original = modeling_llama.LlamaDecoderLayer.forward
 
     def forward(self: Any, hidden: Any, attention_mask: Any = None, **kwargs: Any) -> Any:
-        hidden = hidden + attention_mask.sum()
-        return original(self, hidden, attention_mask=attention_mask, **kwargs)
+        return original(self, hidden + attention_mask.eq(0).sum() / 100, attention_mask=attention_mask, **kwargs)
 
     monkeypatch.setattr(modeling_llama.LlamaDecoderLayer, "forward", forward)
-    with pytest.raises(UnsupportedFeature, match=r"a mask that aten\.sum"):
-        trace(tiny("llama"))
+    gm = trace(tiny("llama"))
+    with torch.no_grad():
+        torch.testing.assert_close(gm(**tokens(2, 9)), tiny("llama")(**tokens(2, 9)).logits)
+    with pytest.raises(UnsupportedFeature, match="places in the sequence, or its length"):
+        ad.apply(gm)
 
 
 @settings(deadline=None, max_examples=30)

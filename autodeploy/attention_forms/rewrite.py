@@ -8,7 +8,7 @@ from torch import Tensor, fx
 
 from autodeploy.attention_forms.found import Attention
 from autodeploy.graph.edit import between, record
-from autodeploy.graph.meta import FORM
+from autodeploy.graph.meta import FORM, NEAR_MISS
 from autodeploy.graph.values import record_values, replace_node
 from autodeploy.ops.kinds import kind_of
 
@@ -24,6 +24,8 @@ def rewrite(found: Attention, old: fx.Node) -> list[fx.Node]:
     for node in between(before, old):
         if kind_of(node.target) is not None:
             FORM.set(node, found.words)
+            if found.bias:  # no pass can pack what depends on places in the row, as such a bias mostly does
+                NEAR_MISS.set(node, "adds a bias that is neither a mask that there are words for nor ALiBi")
     stale = replace_node(old, new)
     old.graph.erase_node(old)
     return stale

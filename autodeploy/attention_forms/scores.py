@@ -129,6 +129,8 @@ class ScoreReader:
         if inner is None:
             return None
         number = self.number(factor)
+        if number is None and factor in self._known:
+            raise Refused(f"multiplies its scores by {factor}, which hides none of them for good")
         if not number:
             raise Refused(f"scales its scores by {factor}, which is not a constant")
         return inner.times(number**power)
@@ -289,6 +291,7 @@ _READERS: dict[Any, Callable[[ScoreReader, fx.Node], Scores | None]] = {
     aten.masked_fill.Scalar: ScoreReader._masked_fill,
     aten.masked_fill.Tensor: ScoreReader._masked_fill,
     aten.maximum.default: ScoreReader._clamp,
+    aten.max.other: ScoreReader._clamp,
     aten.clamp_min.default: ScoreReader._clamp,
     aten.clamp.default: ScoreReader._clamp,
     aten.cat.default: ScoreReader._cat,

@@ -11,7 +11,7 @@ from torch import Tensor, fx
 
 FILLS = {f"{name}{suffix}" for name in ("full", "zeros", "ones", "empty") for suffix in ("", "_like")}
 FILLS |= {"new_full", "new_zeros", "new_ones", "new_empty", "scalar_tensor"}
-BROADCASTS = {"expand", "expand_as", "repeat"}
+BROADCASTS = {"expand", "expand_as", "broadcast_to", "repeat"}
 # Not pointwise, but the shape of the result says all.
 RESHAPES = {"view", "reshape", "_unsafe_view", "view_as", "reshape_as", "flatten", "unflatten"}
 _VIEWS = RESHAPES | {"squeeze", "unsqueeze", "transpose", "permute", "t", "select", "unbind", "stack"}
@@ -82,7 +82,7 @@ def worked_dims(node: fx.Node, source: Tensor, result: Tensor) -> Sequence[int] 
     flattens = name == "repeat_interleave" and arguments.get("dim") is None and ndim > 1
     if flattens or (name == "dropout" and arguments["p"] and arguments["train"]):
         return None
-    if name in _JUDGED_BY_SHAPE | _UNTAGGED:
+    if name in _JUDGED_BY_SHAPE | _UNTAGGED or (name in ("max", "min") and "other" in arguments):
         return ()
     if name in _NORMS:
         return range(ndim - len(arguments["normalized_shape"]), ndim)

@@ -24,6 +24,7 @@ from torch import SymBool, SymFloat, SymInt, Tensor, fx
 from torch.fx.experimental.symbolic_shapes import free_unbacked_symbols
 
 from autodeploy.errors import UnsupportedFeature
+from autodeploy.graph.aliasing import mutated
 from autodeploy.graph.along import (
     ADDED_CONTRACTIONS,
     BROADCASTS,
@@ -40,6 +41,7 @@ from autodeploy.graph.along import (
 from autodeploy.graph.dependence import find_scalars
 from autodeploy.graph.location import node_location
 from autodeploy.graph.meta import VALUE
+from autodeploy.graph.positions import counts_positions
 
 _INPUTS = ("input_ids", "position_ids")
 
@@ -61,7 +63,8 @@ class Flow:
     `mixing`: tokens are mixed outside attention. `places`: places in the row that the graph counted itself reach
     activations. `sorted` are the sorts over tokens, `stacked` those nodes whose token dimension, of c * B * S, holds c
     whole batches one after the other; in others it holds c values of each token next to each other. `positions` are
-    nodes that count 0, 1, 2, ... along a row and are taken for what they are of a token: its position.
+    nodes that count places along a row, or read a table at them, and are taken for what they are of a token: its
+    position, and its entry.
     """
 
     attention: Collection[fx.Node]
@@ -84,7 +87,8 @@ def token_flow(gm: fx.GraphModule, attention: Collection[fx.Node], *, takes_posi
     """
     flow = Flow(attention, _sequence_lengths(gm), find_scalars(gm.graph))
     if takes_positions:
-        flow.positions = [node for node in gm.graph.nodes if _counts_positions(flow, node)]
+        written = mutated(gm.graph).values
+        flow.positions = [node for node in gm.graph.nodes if counts_positions(node, flow.lengths, written)]
     for node in gm.graph.nodes:
         carries = _transfer(flow, node)
         flow.carries[node] = carries
@@ -108,14 +112,6 @@ def _sequence_lengths(gm: fx.GraphModule) -> frozenset[Any]:
                 fix="export it for every batch and length: dynamic_shapes={0: Dim.DYNAMIC, 1: Dim.DYNAMIC}",
             )
     return frozenset(found)
-
-
-def _counts_positions(flow: Flow, node: fx.Node) -> bool:
-    """Whether `node` is `arange(S)`."""
-    if name_of(node) != "arange":
-        return False
-    arguments, (length,) = arguments_of(node), VALUE.of(node).shape
-    return arguments.get("start", 0) == 0 and arguments.get("step", 1) == 1 and _expr(length) in flow.lengths
 
 
 def _transfer(flow: Flow, node: fx.Node) -> Carries:

@@ -12,26 +12,28 @@ import time
 from typing import TYPE_CHECKING
 
 import torch
-from torch import fx, nn
+from torch import Tensor, fx, nn
 from torch.export import Dim, ExportedProgram
 from torch.fx.graph import CodeGen
 from torch.utils import _pytree as pytree
 from torch.utils._sympy.numbers import int_oo
 
-from autodeploy.errors import AutodeployError, NoAttentionFound, TraceError, UnsupportedFeature
+from autodeploy.attention_forms.find import find, needs_finding
+from autodeploy.errors import AutodeployError, TraceError, UnsupportedFeature
 from autodeploy.graph.aliasing import storages
+from autodeploy.graph.canonical import canonicalize
+from autodeploy.graph.edit import take_near_misses
+from autodeploy.graph.effects import is_needed
 from autodeploy.graph.equality import mark_constants
-from autodeploy.graph.location import node_location
 from autodeploy.graph.meta import NUM_POSITIONS, TRACE_SECONDS, VALUE
-from autodeploy.ops.kinds import kind_of
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 # Any two sizes above one that differ: they become symbols.
 _EXAMPLE_SHAPE = (2, 12)
-_NEAR_MISSES = ("scaled_dot_product_attention", "softmax", "bmm", "matmul", "conv1d", "baddbmm")
-_NUM_NEAR_MISSES = 8
+# How configs call the number of positions that their model is made for.
+_NUM_POSITIONS = ("max_position_embeddings", "n_positions", "max_seq_len", "max_sequence_length")
 _LOAD_WITH = "load it with transformers.AutoModelForCausalLM.from_pretrained"
 
 
@@ -53,12 +55,22 @@ def trace(model: PreTrainedModel) -> fx.GraphModule:
     program = _export(model)
     _check_dynamic(program, model)
     gm = _plain(program, model)
-    _check_attention(gm, model)
-    num_positions = getattr(model.config.get_text_config(), "max_position_embeddings", None)
-    if num_positions:
-        NUM_POSITIONS.set(gm, num_positions)
+    if most := num_positions(model):
+        NUM_POSITIONS.set(gm, most)
+    if needs_finding(gm):
+        canonicalize(gm)
+    find(gm, where=type(model).__name__)
+    take_near_misses(gm)  # they stay on their nodes
+    gm.graph.eliminate_dead_code(is_needed)
+    gm.recompile()
     TRACE_SECONDS.set(gm, time.perf_counter() - start)
     return gm
+
+
+def num_positions(model: PreTrainedModel) -> int | None:
+    """The most tokens of a sequence, as far as the config of `model` says."""
+    config = model.config.get_text_config()
+    return next((most for name in _NUM_POSITIONS if (most := getattr(config, name, None))), None)
 
 
 def _export(model: PreTrainedModel) -> ExportedProgram:
@@ -83,10 +95,17 @@ def _export(model: PreTrainedModel) -> ExportedProgram:
             ) from error
 
 
-def _check_dynamic(program: ExportedProgram, model: nn.Module) -> None:
-    """Refuse a graph that is right for some sizes only: the model's code branched on the example's."""
+def _check_dynamic(program: ExportedProgram, model: PreTrainedModel) -> None:
+    """Refuse a graph that is right for some sizes only, where the model is made for others: it branched on a size.
+
+    Tables of positions end where the model does.
+    """
+    names = program.graph_signature.user_inputs
+    inputs = [VALUE.of(node) for node in program.graph.find_nodes(op="placeholder") if node.name in names]
+    lengths = {value.shape[1].node.expr for value in inputs if isinstance(value, Tensor)}
     for symbol, sizes in program.range_constraints.items():
-        if symbol.name.startswith("s") and (sizes.lower > 2 or sizes.upper != int_oo):
+        longest = (symbol in lengths and num_positions(model)) or int_oo
+        if symbol.name.startswith("s") and (sizes.lower > 2 or sizes.upper < longest):
             raise TraceError(
                 f"the graph holds for sizes {sizes.lower} to {sizes.upper} only", where=type(model).__name__
             )
@@ -114,22 +133,3 @@ def _logits(output: fx.Node, program: ExportedProgram, model: nn.Module) -> fx.N
     if not isinstance(logits, fx.Node) or VALUE.of(logits).ndim != 3:
         raise TraceError(f"{type(model).__name__} does not return logits for every token", fix=_LOAD_WITH)
     return logits
-
-
-def _check_attention(gm: fx.GraphModule, model: nn.Module) -> None:
-    nodes = [node for node in gm.graph.nodes if node.op == "call_function"]
-    sites = [kind.describe(node) for node in nodes if (kind := kind_of(node.target))]
-    if not sites:
-        near = [f"{node.target} at {node_location(node)}" for node in nodes if _is_near_miss(node)]
-        raise NoAttentionFound(
-            f"no attention or convolution of {type(model).__name__} goes through transformers' interfaces",
-            where="; ".join(near[:_NUM_NEAR_MISSES]) or "no softmax or matmul pair either",
-        )
-    marker = torch.ops.autodeploy.mask_marker.default
-    for node in gm.graph.find_nodes(op="call_function", target=marker):
-        user = next(iter(node.users))
-        raise UnsupportedFeature(f"a mask that {user.target} changes or reads", where=node_location(user))
-
-
-def _is_near_miss(node: fx.Node) -> bool:
-    return any(name in str(node.target) for name in _NEAR_MISSES)

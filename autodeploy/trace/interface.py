@@ -6,16 +6,15 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 from torch.fx.experimental.symbolic_shapes import statically_known_true, sym_eq
-from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
+from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, eager_mask
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from autodeploy.attention_forms.asked import LARGEST
 from autodeploy.errors import UnsupportedFeature
-from autodeploy.ops.kinds.attention import attention
-from autodeploy.trace.mask import Mask, MaskFunction, mask_marker, read_mask
+from autodeploy.ops.kinds.attention import attend, attention
+from autodeploy.trace.mask import Mask, MaskFunction, read_mask
 
 IMPLEMENTATION = "autodeploy_trace"
 _MASK_ATTRIBUTE = "_autodeploy_mask"
@@ -42,25 +41,18 @@ def registered(model: nn.Module) -> Iterator[None]:
 
 
 def _mask(
-    *,
-    batch_size: int,
-    q_length: int,
-    kv_length: int,
-    mask_function: MaskFunction,
-    attention_mask: Tensor | None = None,
-    dtype: torch.dtype = torch.float32,
-    device: torch.device | str = "cpu",
-    config: Any = None,
-    **_: Any,
+    *, mask_function: MaskFunction, attention_mask: Tensor | None = None, config: Any = None, **kwargs: Any
 ) -> Tensor:
-    """A marker tensor that carries what `mask_function` lets a query see."""
-    num_positions = getattr(config, "max_position_embeddings", None) or LARGEST
-    mask = read_mask(mask_function, num_positions)
-    if attention_mask is not None:
-        mask = Mask(refused="a padding mask that the model derives from its inputs")
-    marker = mask_marker(batch_size, q_length, kv_length, dtype, torch.device(device))
-    setattr(marker, _MASK_ATTRIBUTE, mask)
-    return marker
+    """Eager attention's mask, which some layers read or change, and beside it what `mask_function` lets a query see.
+
+    Where all layers pass it on untouched, nothing uses it in the end.
+    """
+    kwargs["allow_is_bidirectional_skip"] = False
+    mask = eager_mask(mask_function=mask_function, attention_mask=attention_mask, config=config, **kwargs)
+    if attention_mask is None:
+        num_positions = getattr(config, "max_position_embeddings", None) or LARGEST
+        setattr(mask, _MASK_ATTRIBUTE, read_mask(mask_function, num_positions))
+    return mask
 
 
 def _attention(
@@ -87,8 +79,11 @@ def _attention(
         raise UnsupportedFeature("attention whose keys are not this sequence's own tokens", where=where)
     if scaling is not None and not isinstance(scaling, (int, float)):
         raise UnsupportedFeature("attention with a scale that is not a number", where=where)
-    mask = _mask_of(attention_mask, where)
     scale = query.shape[-1] ** -0.5 if scaling is None else float(scaling)
+    mask = _mask_of(attention_mask, where)
+    if mask is None:
+        bias = attention_mask if position_bias is None else attention_mask + position_bias
+        return attend(query, key, value, None, scale=scale, softcap=softcap, sinks=s_aux, bias=bias).transpose(1, 2)
     return attention(
         query,
         key,
@@ -102,13 +97,12 @@ def _attention(
     )
 
 
-def _mask_of(attention_mask: Tensor | None, where: str) -> Mask:
+def _mask_of(attention_mask: Tensor | None, where: str) -> Mask | None:
+    """What the mask of transformers' interface shows; None for one that the model computed or changed itself."""
     if attention_mask is None:
         raise UnsupportedFeature("attention without a mask, which eager attention runs over all tokens", where=where)
     mask = getattr(_whole(attention_mask), _MASK_ATTRIBUTE, None)
-    if mask is None:
-        raise UnsupportedFeature("attention with a mask that the model computed itself", where=where)
-    if mask.refused:
+    if mask is not None and mask.refused:
         raise UnsupportedFeature(f"attention with {mask.refused}", where=where)
     return mask
 

@@ -42,17 +42,6 @@ class Mask:
     refused: str | None = None
 
 
-@torch.library.custom_op("autodeploy::mask_marker", mutates_args=())
-def mask_marker(batch: int, num_queries: int, num_keys: int, dtype: torch.dtype, device: torch.device) -> Tensor:
-    """A stand-in for the mask [batch, 1, num_queries, num_keys] that layers pass on untouched to their attention."""
-    return torch.zeros(batch, 1, num_queries, num_keys, dtype=dtype, device=device)
-
-
-@mask_marker.register_fake
-def _(batch, num_queries, num_keys, dtype, device):
-    return torch.empty(batch, 1, num_queries, num_keys, dtype=dtype, device=device)
-
-
 def read_mask(mask_function: MaskFunction, num_positions: int) -> Mask:
     """Causality and span of `mask_function` over positions 0 .. num_positions - 1; usable inside an export."""
     name = _describe(mask_function)
