@@ -133,13 +133,13 @@ def _rewrite(gm: fx.GraphModule, old: dict[str, fx.Node], counted: Collection[fx
     first = num_tokens.next
     batch = record(first, _as_batch, tokens)
     tokens.replace_all_uses_with(batch, delete_user_cb=lambda user: user not in (num_tokens, batch.all_input_nodes[0]))
+    per_token = record(first, fields.position_ids, layout, num_tokens) if positions or counted else None
     if positions is not None:
-        positions.replace_all_uses_with(record(first, _positions, layout, num_tokens))
+        positions.replace_all_uses_with(record(first, _as_batch, per_token))
     for node in counted:
         table = next(iter(node.all_input_nodes), None)
         if table is not None:
             VALUE.take(table)  # of the padded batch's sizes; all values are made again below
-        per_token = record(node, fields.position_ids, layout, num_tokens)
         node.replace_all_uses_with(record(node, partial(of_positions, node), per_token, table))
         gm.graph.erase_node(node)
     for name, node in old.items():
@@ -163,10 +163,6 @@ def _values(graph: fx.Graph, device: torch.device) -> tuple[Tensor, Tensor]:
 
 def _as_batch(input_ids: Tensor) -> Tensor:
     return torch.ops.aten.to.dtype(torch.ops.aten.unsqueeze.default(input_ids, 0), torch.int64)
-
-
-def _positions(layout: Tensor, num_tokens: int) -> Tensor:
-    return _as_batch(fields.position_ids(layout, num_tokens))
 
 
 def _replace_sizes(node: fx.Node, num_tokens: fx.Node) -> None:

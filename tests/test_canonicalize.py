@@ -46,9 +46,8 @@ def targets(gm: fx.GraphModule) -> list[object]:
 def test_models_lose_nodes_and_no_bit(model_type: str) -> None:
     gm = trace(tiny(model_type))
     before, num_before, num_canonical = gm(**tokens(3, 17)), len(gm.graph.nodes), len(canonical_nodes(gm))
-    num_in_place = sum(str(target).endswith("_.Tensor") for target in targets(gm))
     removed = canonicalize(gm)
-    assert removed == num_before - len(gm.graph.nodes) + num_in_place > 0
+    assert removed == num_before - len(gm.graph.nodes) > 0
     assert not {aten._assert_tensor_metadata.default, aten.alias.default, aten.dropout.default} & set(targets(gm))
     assert len(canonical_nodes(gm)) == num_canonical
     assert torch.equal(gm(**tokens(3, 17)), before)

@@ -8,18 +8,14 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Callable
-from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import fx
-from torch._guards import detect_fake_mode
-from torch._ops import OpOverload
 from torch.fx.experimental.symbolic_shapes import statically_known_true, sym_eq
-from torch.utils import _pytree as pytree
 
-from autodeploy.graph.aliasing import mutated, returned, sharing
+from autodeploy.graph.aliasing import mutated, returned
 from autodeploy.graph.edit import get_attribute, near_miss
 from autodeploy.graph.effects import is_needed
 from autodeploy.graph.meta import VALUE
@@ -66,16 +62,12 @@ _REGIONS: dict[Any, int] = {
 
 
 def canonicalize(gm: fx.GraphModule) -> int:
-    """Leave only nodes that compute something, none of them in place where nobody could tell.
-
-    Returns how many nodes went away or were changed.
-    """
+    """Leave only nodes that compute something; returns how many went away."""
     before = _num_nodes(gm)
-    num_changed = _run(_OUT_OF_PLACE, gm)
     for rule in _RULES:
         _run(rule, gm)
     gm.graph.eliminate_dead_code(is_needed)
-    return before - _num_nodes(gm) + num_changed
+    return before - _num_nodes(gm)
 
 
 @dataclass(frozen=True)
@@ -87,54 +79,15 @@ class _Rule:
     rewrite: Callable[[fx.GraphModule, fx.Node], None]
 
 
-def _run(rule: _Rule, gm: fx.GraphModule) -> int:
-    num_rewritten = 0
+def _run(rule: _Rule, gm: fx.GraphModule) -> None:
     for node in list(gm.graph.nodes):
         if not rule.match(node):
             continue
         reason = rule.check(gm, node)
         if reason is None:
             rule.rewrite(gm, node)
-            num_rewritten += 1
         else:
             near_miss(gm, node, reason)
-    return num_rewritten
-
-
-def _is_in_place(node: fx.Node) -> bool:
-    return _out_of_place(node) is not None
-
-
-def _out_of_place(node: fx.Node) -> OpOverload | None:
-    """The op that makes a new tensor of what `node`, which is pointwise, writes over its first argument."""
-    target = node.target
-    if not isinstance(target, OpOverload) or not target._schema.is_mutable or not target._opname.endswith("_"):
-        return None
-    packet = getattr(aten, target._opname[:-1], None)
-    found = getattr(packet, target._overloadname, None)
-    return found if found is not None and torch.Tag.pointwise in found.tags else None
-
-
-def _why_in_place(gm: fx.GraphModule, node: fx.Node) -> str | None:
-    function, source = _out_of_place(node), node.args[0]
-    assert function is not None
-    assert isinstance(source, fx.Node)
-    earlier = {other for other in sharing([source]) if other < node}
-    if any(other.op != "call_function" for other in earlier) or any(user > node for o in earlier for user in o.users):
-        return "writes in place to what others read"
-    if not all(VALUE.on(arg) for arg in node.all_input_nodes) or not VALUE.on(node):
-        return "writes in place, and has inputs without recorded values"
-    args, kwargs = fx.map_arg((node.args, node.kwargs), VALUE.of)
-    mode = detect_fake_mode(pytree.tree_leaves(args))
-    with mode or nullcontext():
-        made = function(*args, **kwargs)
-    return None if _are_alike(made, VALUE.of(node)) else "writes in place to a tensor of another dtype or layout"
-
-
-def _put_out_of_place(gm: fx.GraphModule, node: fx.Node) -> None:
-    function = _out_of_place(node)
-    assert function is not None
-    node.target = function
 
 
 def _is_region(node: fx.Node) -> bool:
@@ -230,11 +183,6 @@ def _always(gm: fx.GraphModule, node: fx.Node) -> str | None:
 
 def _gives_same(node: fx.Node) -> bool:
     before, after = VALUE.get(node.all_input_nodes[0]), VALUE.get(node)
-    return _are_alike(before, after)
-
-
-def _are_alike(before: Any, after: Any) -> bool:
-    """Whether two recorded values are tensors of one dtype, device, layout, shape and strides."""
     if not isinstance(before, torch.Tensor) or not isinstance(after, torch.Tensor):
         return False
     if (before.dtype, before.device, before.layout) != (after.dtype, after.device, after.layout):
@@ -269,7 +217,6 @@ def _num_nodes(gm: fx.GraphModule) -> int:
     return len(gm.graph.nodes) + sum(_num_nodes(body) for body in bodies)
 
 
-_OUT_OF_PLACE = _Rule(_is_in_place, _why_in_place, _put_out_of_place)
 _INLINE_REGIONS = _Rule(_is_region, _why_not_inline, _inline)
 _RULES = (
     _INLINE_REGIONS,

@@ -25,6 +25,7 @@ from autodeploy.graph.canonical import canonicalize
 from autodeploy.graph.edit import take_near_misses
 from autodeploy.graph.effects import is_needed
 from autodeploy.graph.equality import mark_constants
+from autodeploy.graph.in_place import out_of_place
 from autodeploy.graph.meta import NUM_POSITIONS, TRACE_SECONDS, VALUE
 
 if TYPE_CHECKING:
@@ -58,6 +59,7 @@ def trace(model: PreTrainedModel) -> fx.GraphModule:
     if most := num_positions(model):
         NUM_POSITIONS.set(gm, most)
     if needs_finding(gm):
+        out_of_place(gm)
         canonicalize(gm)
     find(gm, where=type(model).__name__)
     take_near_misses(gm)  # they stay on their nodes
@@ -102,12 +104,13 @@ def _check_dynamic(program: ExportedProgram, model: PreTrainedModel) -> None:
     """
     names = program.graph_signature.user_inputs
     inputs = [VALUE.of(node) for node in program.graph.find_nodes(op="placeholder") if node.name in names]
-    lengths = {value.shape[1].node.expr for value in inputs if isinstance(value, Tensor)}
-    for symbol, sizes in program.range_constraints.items():
+    sizes = [value.shape[1] for value in inputs if isinstance(value, Tensor)]
+    lengths = {size.node.expr for size in sizes if isinstance(size, torch.SymInt)}
+    for symbol, bounds in program.range_constraints.items():
         longest = (symbol in lengths and num_positions(model)) or int_oo
-        if symbol.name.startswith("s") and (sizes.lower > 2 or sizes.upper < longest):
+        if symbol.name.startswith("s") and (bounds.lower > 2 or bounds.upper < longest):
             raise TraceError(
-                f"the graph holds for sizes {sizes.lower} to {sizes.upper} only", where=type(model).__name__
+                f"the graph holds for sizes {bounds.lower} to {bounds.upper} only", where=type(model).__name__
             )
 
 

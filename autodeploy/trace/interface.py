@@ -82,6 +82,7 @@ def _attention(
     scale = query.shape[-1] ** -0.5 if scaling is None else float(scaling)
     mask = _mask_of(attention_mask, where)
     if mask is None:
+        assert attention_mask is not None
         bias = attention_mask if position_bias is None else attention_mask + position_bias
         return attend(query, key, value, None, scale=scale, softcap=softcap, sinks=s_aux, bias=bias).transpose(1, 2)
     return attention(
