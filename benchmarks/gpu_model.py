@@ -15,9 +15,11 @@ from transformers import LlamaConfig, LlamaForCausalLM, StaticCache
 import autodeploy as ad
 from autodeploy.inductor.lower import lower
 from autodeploy.metadata.layout import LayoutSpec
-from autodeploy.ops.cache import Cache
+from autodeploy.ops.cache import Cache, PoolSizes
+from autodeploy.ops.step_kind import DECODE
 from autodeploy.runtime.caches import allocate_caches
 from autodeploy.runtime.sampler import best_tokens
+from passes import SpecializeStep
 
 SHAPE = {
     "vocab_size": 128256,
@@ -37,6 +39,7 @@ PREFILL = 8192
 
 class _Compiled(NamedTuple):
     step: Callable[..., Tensor]
+    decode_step: Callable[..., Tensor]
     spec: LayoutSpec
     caches: tuple[Cache, ...]
 
@@ -57,9 +60,10 @@ def _compiled() -> _Compiled:
     model = _model()
     result = ad.apply(ad.trace(model))
     assert result.layout_spec is not None
-    lowered = lower(result.module, model, result.layout_spec, result.cache_specs, result.report)
+    decode = ad.apply(result.module, passes=[SpecializeStep()]).module
+    lowered = lower(result.module, model, result.layout_spec, result.cache_specs, result.report, decode=decode)
     print(f"   {result.report.ledger}; traced and compiled in {time.perf_counter() - start:.0f} s", flush=True)
-    return _Compiled(lowered.bind(model), result.layout_spec, result.cache_specs)
+    return _Compiled(lowered.bind(model), lowered.bind(model, DECODE), result.layout_spec, result.cache_specs)
 
 
 def _weight_bytes() -> int:
@@ -70,11 +74,12 @@ def _weight_bytes() -> int:
 
 def _runner(sequences: int, query: int, context: int) -> Callable[[], Tensor]:
     """A step of `sequences` rows with `query` new tokens each, `context` tokens long after it, over random caches."""
-    step, spec, specs = _compiled()
+    mixed, decode_step, spec, specs = _compiled()
+    step = decode_step if query == 1 else mixed
     num_pages = sequences * -(-context // spec.page_size) + 1
     width = max(64, -(-context // spec.page_size))
     inputs = nested([query] * sequences, [context - query] * sequences, spec, num_pages, width)
-    caches = allocate_caches(specs, spec.page_size, [num_pages], sequences, DEVICE)
+    caches = allocate_caches(specs, PoolSizes((num_pages,), spec.page_size, sequences + 1), DEVICE)
     for tensor in caches:
         tensor.normal_()
     return lambda: best_tokens(step(inputs.input_ids, inputs.layout, *caches))

@@ -24,6 +24,7 @@ from autodeploy.metadata.span import Full, Span, Window
 from autodeploy.ops.backend import Backend
 from autodeploy.ops.kinds.attention import AttentionFacts
 from autodeploy.ops.site import Site
+from autodeploy.ops.step_kind import DECODE, run_as
 from passes import LowerFields, ShareMetadata
 
 DEVICE = torch.device("cuda")
@@ -206,12 +207,15 @@ def _attention(backend: Backend, sequences: int, context: int) -> dict[str, Any]
     ]
     query = torch.randn(1, 32, rows, 128, device=DEVICE, dtype=torch.bfloat16)
     key, value = (torch.randn(1, 8, rows, 128, device=DEVICE, dtype=torch.bfloat16) for _ in range(2))
-    metadata = backend.metadata(step.layout, rows, LAYER)
-    run = captured(
-        lambda: [
-            backend.append_and_attend((query, key, value, None, None, None), each, metadata, LAYER) for each in caches
-        ]
-    )
+    with run_as(DECODE):
+        metadata = backend.metadata(step.layout, rows, LAYER)
+
+    def run_layers() -> None:
+        with run_as(DECODE):
+            for each in caches:
+                backend.append_and_attend((query, key, value, None, None, None), each, metadata, LAYER)
+
+    run = captured(run_layers)
     seconds = milliseconds(run) / layers / 1e3
     num_bytes = sequences * context * 8 * 128 * sum(dtype.itemsize for dtype in dtypes)
     return {"sequences": sequences, "context": context, "us": seconds * 1e6, "tb_s": num_bytes / seconds / 1e12}

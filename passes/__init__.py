@@ -13,6 +13,7 @@ from passes.lower_fields import LowerFields
 from passes.lower_linear import LowerLinear
 from passes.nest_inputs import NestInputs
 from passes.share_metadata import ShareMetadata
+from passes.specialize_step import SpecializeStep
 
 __all__ = [
     "Canonicalize",
@@ -23,6 +24,7 @@ __all__ = [
     "LowerLinear",
     "NestInputs",
     "ShareMetadata",
+    "SpecializeStep",
     "default",
 ]
 

@@ -152,12 +152,12 @@ def test_one_copy_per_step_and_counts_that_add_up() -> None:
 
 
 def test_buckets_are_never_small_grow_coarsely_and_stay_below_the_table() -> None:
-    sizes = [padded_sizes(1, 1, 1, pages, 1000).pages_per_sequence for pages in range(1, 25)]
+    sizes = [padded_sizes(1, 1, pages, 1000).pages_per_sequence for pages in range(1, 25)]
     assert sizes == [2, 2, 3, 4, 6, 6, 8, 8, *[12] * 4, *[16] * 4, *[24] * 8]
-    assert padded_sizes(1, 1, 1, 1, 2) == (2, 2, 2)
-    assert padded_sizes(2, 1, 2, 1, 2) == (3, 2, 2), "T == S would promise a decode step"
-    assert padded_sizes(7, 5, 3, 40, 45) == (7, 5, 45)
-    buckets = sorted({padded_sizes(2, 2, 1, pages, 5000).pages_per_sequence for pages in range(1, 5000)})
+    assert padded_sizes(1, 1, 1, 2) == (2, 2, 2)
+    assert padded_sizes(2, 1, 1, 2) == (2, 2, 2), "sizes that coincide say nothing"
+    assert padded_sizes(7, 5, 40, 45) == (7, 5, 45)
+    buckets = sorted({padded_sizes(2, 2, pages, 5000).pages_per_sequence for pages in range(1, 5000)})
     assert all(after <= 1.5 * before for before, after in pairwise(buckets))
 
 

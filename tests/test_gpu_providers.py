@@ -8,7 +8,7 @@ from dataclasses import replace
 import pytest
 import torch
 from ragged import make_batch
-from test_kernels import BATCHES, attention_site, check, conv_site, make_caches, make_inputs, not_a_decode_step, pack
+from test_kernels import BATCHES, attention_site, check, conv_site, make_caches, make_inputs, pack
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from autodeploy.errors import UnsupportedFeature
@@ -82,7 +82,7 @@ def test_random_batches(backend: Backend, seed: int) -> None:
 def test_is_captured(backend: Backend, site: Site, lengths: list[tuple[int, int]]) -> None:
     """Replayed from a CUDA graph, a backend computes what it does when called; FlashInfer refuses in words."""
     site = supported(backend, site, 256)
-    batch = not_a_decode_step(make_batch(lengths, page_size=256))
+    batch = make_batch(lengths, page_size=256)
     tensors, layout = pack(site, batch, make_inputs(site, batch)), batch.layout().to(GPU)
     caches = tuple(torch.ones_like(cache) for cache in make_caches(backend, site, batch))
 
@@ -114,7 +114,7 @@ def test_is_captured(backend: Backend, site: Site, lengths: list[tuple[int, int]
 def test_fake_is_as_real(backend: Backend, site: Site, lengths: list[tuple[int, int]]) -> None:
     """Shapes, strides, dtype and device of the result are known without running it."""
     site = supported(backend, site, 256)
-    batch = not_a_decode_step(make_batch(lengths, page_size=256))
+    batch = make_batch(lengths, page_size=256)
     tensors, caches = pack(site, batch, make_inputs(site, batch)), make_caches(backend, site, batch)
     metadata = backend.metadata(batch.layout().to(GPU), batch.num_tokens, site)
     with FakeTensorMode() as mode:

@@ -24,6 +24,7 @@ from autodeploy.ops.kinds import attention, causal_conv1d, kinds
 from autodeploy.ops.kinds.attention import AttentionFacts
 from autodeploy.ops.kinds.causal_conv1d import ConvFacts
 from autodeploy.ops.site import Site
+from autodeploy.ops.step_kind import DECODE, MIXED, StepKind, run_as
 
 NAN = float("nan")
 CPU = torch.device("cpu")
@@ -32,6 +33,7 @@ BATCHES = {
     "prefill": [(7, 0), (1, 0), (16, 0)],
     "chunk": [(5, 8), (11, 3), (2, 17)],
     "mixed": [(1, 12), (6, 0), (1, 5), (1, 6), (9, 10), (0, 7), (1, 20)],
+    "as many tokens as rows": [(2, 4), (0, 7), (1, 20)],
 }
 ATTENTION_SITES = {
     "gqa": {},
@@ -145,14 +147,13 @@ def run_step(backend: Backend, *args: Any) -> Any:
 def context_batch(batch: Batch) -> Batch:
     """The step that fills the caches with everything before `batch`."""
     rows = tuple(replace(row, query_len=row.context_len, context_len=0) for row in batch.rows)
-    return not_a_decode_step(replace(batch, rows=rows, num_tokens=max(1, sum(row.query_len for row in rows))))
+    return replace(batch, rows=rows, num_tokens=max(1, sum(row.query_len for row in rows)))
 
 
-def not_a_decode_step(batch: Batch) -> Batch:
-    """As many tokens as rows promise that token t is row t's only one: one more token where it is not so."""
-    is_promised = batch.num_tokens == len(batch.rows)
-    is_kept = all(row.query_len == 1 for row in batch.rows[: batch.total])
-    return replace(batch, num_tokens=batch.num_tokens + 1) if is_promised and not is_kept else batch
+def step_kinds(batch: Batch) -> tuple[StepKind, ...]:
+    """The kinds of step that may run `batch`."""
+    is_decode = batch.num_tokens == len(batch.rows) and all(row.query_len == 1 for row in batch.rows[: batch.total])
+    return (MIXED, DECODE) if is_decode else (MIXED,)
 
 
 def drop_unread_pages(batch: Batch, span: Span) -> Batch:
@@ -221,16 +222,25 @@ def test_backend_on_random_batches(backend: Backend, seed: int) -> None:
 
 
 def check(backend: Backend, site: Site, batch: Batch) -> None:
+    """Right in every kind of step that may run the batch."""
     torch.manual_seed(0)
-    batch = not_a_decode_step(batch)
     site = replace(site, page_size=batch.page_size, num_groups=batch.num_groups, group=batch.num_groups - 1)
     inputs = make_inputs(site, batch)
     caches = make_caches(backend, site, batch)
     step(backend, site, context_batch(batch), inputs, caches)
     batch = drop_unread_pages(batch, site.span)
     owned = poison_unowned(site, batch, caches)
-    before = [cache.clone() for cache in caches]
-    out = step(backend, site, batch, inputs, caches).cpu()
+    for kind in step_kinds(batch):
+        after = tuple(cache.clone() for cache in caches)
+        with run_as(kind):
+            out = step(backend, site, batch, inputs, after).cpu()
+        check_result(backend, site, batch, inputs, out)
+        for old, new in zip(caches, after, strict=True):
+            assert_written(site, batch, old.double(), new.double(), owned)
+
+
+def check_result(backend: Backend, site: Site, batch: Batch, inputs: Inputs, out: Tensor) -> None:
+    """Each row of `out` [T, ...] is what the canonical op gives for the whole sequence."""
     cache_dtype = backend.caches(site)[0].dtype
     atol, rtol = KINDS[site.kind].tolerances[cache_dtype]
     start = 0
@@ -241,8 +251,6 @@ def check(backend: Backend, site: Site, batch: Batch) -> None:
             whole = tokens_first(site, KINDS[site.kind].run(tuple(inputs.of(site, index)), replace(site, device=CPU)))
             torch.testing.assert_close(got, whole[row.context_len :], atol=atol, rtol=rtol)
     assert not out.isnan().any()
-    for old, new in zip(before, caches, strict=True):
-        assert_written(site, batch, old.double(), new.double(), owned)
 
 
 def small_case(backend: Backend, site: Site, lengths: list[tuple[int, int]]) -> tuple[Site, Batch, tuple, list[Tensor]]:

@@ -12,7 +12,7 @@ from spans import FULL, SPANS
 
 from autodeploy.errors import LayoutError
 from autodeploy.kernels.registry import field_named
-from autodeploy.metadata.layout import QUERY_LEN, LayoutSpec
+from autodeploy.metadata.layout import LayoutSpec
 from autodeploy.metadata.nest import Arena, nest_sequences
 from autodeploy.metadata.span import Window
 
@@ -58,7 +58,6 @@ def naive_fields(spec: LayoutSpec, batch: dict) -> dict[str, list]:
     query, context = batch["query_lens"].tolist(), batch["context_lens"].tolist()
     num_sequences = max(len(query), batch["pad_sequences"])
     num_tokens = max(sum(query), batch["pad_tokens"])
-    num_tokens += num_tokens == num_sequences and max(query, default=0) > 1
     starts, positions, rows = [0], [], []
     for row, (new, cached) in enumerate(zip(query, context, strict=True)):
         positions += range(cached, cached + new)
@@ -176,22 +175,6 @@ def test_an_invalid_batch_is_refused_and_nothing_is_written(change: dict, messag
 def test_a_page_that_nobody_writes_may_be_shared() -> None:
     nested = nest_sequences(**(decode_batch() | {"block_tables": table_with(0, 1, 0, 1)}), spec=SPEC)
     assert nested.layout[:, 3].tolist() == [1, 1]
-
-
-@settings(deadline=None)
-@given(batches(), st.booleans())
-def test_as_many_tokens_as_rows_promise_a_decode_step(case: tuple[LayoutSpec, dict], same: bool) -> None:
-    spec, batch = case
-    if same:
-        batch["pad_tokens"] = batch["pad_sequences"] = max(len(batch["query_lens"]), len(batch["token_ids"]))
-    nested = nest_sequences(**batch, spec=spec)
-    layout, num_tokens = nested.layout, len(nested.input_ids)
-    if num_tokens != len(layout):
-        assert not same or max(batch["query_lens"]) > 1
-        return
-    assert (layout[:, QUERY_LEN] <= 1).all()
-    rows = field_named("token_to_seq").op(layout, num_tokens)[: len(batch["token_ids"])]
-    assert rows.tolist() == list(range(len(rows)))
 
 
 def test_an_arena_must_be_int32() -> None:

@@ -22,7 +22,6 @@ from test_kernels import (
     conv_site,
     make_caches,
     make_inputs,
-    not_a_decode_step,
     pack,
 )
 from torch import Tensor, fx
@@ -37,6 +36,7 @@ from autodeploy.kernels.varlen import VarlenAttention
 from autodeploy.metadata.span import Span, Window
 from autodeploy.ops.backend import Backend
 from autodeploy.ops.site import Site
+from autodeploy.ops.step_kind import DECODE, MIXED, StepKind, run_as
 
 PLAIN = replace(attention_site(dtype=torch.bfloat16), page_size=256, num_groups=1)
 
@@ -82,22 +82,28 @@ def test_varlen_takes_any_page_with_fa3(monkeypatch: pytest.MonkeyPatch) -> None
     assert VarlenAttention().why_not(replace(PLAIN, page_size=16)) is None
 
 
-def call(backend: Backend, site: Site, lengths: list[tuple[int, int]], padding_tokens: int = 0) -> Tensor:
-    batch = not_a_decode_step(make_batch(lengths, padding_tokens=padding_tokens))
+def call(backend: Backend, site: Site, lengths: list[tuple[int, int]], kind: StepKind) -> Tensor:
+    batch = make_batch(lengths)
     site = replace(site, page_size=batch.page_size)
     tensors = pack(site, batch, make_inputs(site, batch))
-    return backend.append_and_attend(
-        tensors, make_caches(backend, site, batch), backend.metadata(batch.layout(), batch.num_tokens, site), site
-    )
+    with run_as(kind):
+        return backend.append_and_attend(
+            tensors, make_caches(backend, site, batch), backend.metadata(batch.layout(), batch.num_tokens, site), site
+        )
 
 
 @pytest.mark.parametrize(("span", "left"), [(FULL, -1), (Window(5), 4)])
 @pytest.mark.parametrize(
-    ("lengths", "name", "max_q"),
-    [([(1, 9), (1, 3)], "varlen_attn", 1), ([(2, 9), (1, 3)], "varlen_attn_out", 3)],
+    ("lengths", "kind", "name", "max_q"),
+    [
+        ([(1, 9), (1, 3)], DECODE, "varlen_attn", 1),
+        ([(1, 9), (1, 3)], MIXED, "varlen_attn_out", 2),
+        ([(2, 9), (1, 3)], MIXED, "varlen_attn_out", 3),
+    ],
 )
 def test_varlen_arguments(
     lengths: list[tuple[int, int]],
+    kind: StepKind,
     name: str,
     max_q: int,
     span: Span,
@@ -113,7 +119,7 @@ def test_varlen_arguments(
         return torch.zeros_like(calls[-1]["query"])
 
     monkeypatch.setattr(torch_varlen, name, record)
-    out = call(VarlenAttention(), replace(PLAIN, span=span), lengths)
+    out = call(VarlenAttention(), replace(PLAIN, span=span), lengths, kind)
     (passed,) = calls
     num_tokens = sum(query for query, _ in lengths)
     assert out.shape == (1, num_tokens, 6, 16)
@@ -216,10 +222,12 @@ def test_flashinfer_is_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.parametrize(("span", "left"), [(FULL, -1), (Window(5), 4)])
 @pytest.mark.parametrize(
-    ("lengths", "name"), [([(1, 9), (1, 3), (1, 0)], "fa2"), ([(2, 9), (1, 3), (0, 7)], "fa3")], ids=["decode", "mixed"]
+    ("lengths", "kind", "name"),
+    [([(1, 9), (1, 3), (1, 0)], DECODE, "fa2"), ([(2, 9), (1, 3), (0, 7)], MIXED, "fa3")],
+    ids=["decode", "mixed"],
 )
 def test_flashinfer_arguments(
-    lengths: list[tuple[int, int]], name: str, span: Span, left: int, monkeypatch: pytest.MonkeyPatch
+    lengths: list[tuple[int, int]], kind: StepKind, name: str, span: Span, left: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """What a plan and a run are asked, in the order in which FlashInfer's wrappers of these versions ask it."""
     asked, plans, runs = [], [], []
@@ -235,7 +243,7 @@ def test_flashinfer_arguments(
         monkeypatch.setitem(sys.modules, path, stub)
     monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
     monkeypatch.setattr(flashinfer, "_PARTIAL_BYTES", 64)
-    out = call(FlashInferAttention(), replace(HEADS_OF_64, span=span), lengths)
+    out = call(FlashInferAttention(), replace(HEADS_OF_64, span=span), lengths, kind)
 
     bf16 = torch.bfloat16
     assert asked == [(name, bf16, bf16, bf16, torch.int32, 64, 64, 0, span != FULL, False, False)] * 2
@@ -251,8 +259,7 @@ def test_flashinfer_arguments(
     (run,) = runs
     assert run["plan_info_vec"] == [7, 8, 9]
     assert run["o"].data_ptr() == out.data_ptr()
-    # A step with a longer row has more tokens than rows.
-    assert run["q"].shape == run["o"].shape == (4 if name == "fa3" else 3, 6, 64)
+    assert run["q"].shape == run["o"].shape == (3, 6, 64)
     assert run["paged_k_cache"].shape[1:] == (4, 2, 64)
     assert run["paged_kv_indptr"].tolist() == pages.tolist()
     assert (run["paged_kv_indices"][: pages[-1]] > 0).all()

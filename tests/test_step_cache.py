@@ -215,7 +215,7 @@ def flipped(data: bytes) -> bytes:
 
 @pytest.mark.parametrize(
     "damage",
-    [cut, emptied, flipped, *(partial(edited, without=part) for part in ("step.json", "step.bin", ".pt", ".so"))],
+    [cut, emptied, flipped, *(partial(edited, without=part) for part in ("step.json", "mixed.bin", ".pt", ".so"))],
 )
 def test_a_damaged_step_is_made_again_with_a_word(damage: Callable[[bytes], bytes], runs: Runs) -> None:
     runs.run(LLAMA)

@@ -33,8 +33,8 @@ SITES |= {
     "window_sinks": {"span": Window(20), "has_sinks": True},
     "chunk_20": {"span": Chunk(20), "has_sinks": True},
 }
-# More tokens than rows, but for the decode step, whose padding tokens are those of its padding rows.
-STEPS = {name: (lengths, 2 if name == "decode" else 3) for name, lengths in BATCHES.items()}
+# Two rows of padding, and as many tokens of padding where that is to make as many tokens as rows.
+STEPS = {name: (lengths, 3 if name in ("prefill", "chunk", "mixed") else 2) for name, lengths in BATCHES.items()}
 STEPS |= {"longer": ([(13, 30), (1, 50), (45, 1), (1, 0)], 3)}
 
 

@@ -16,6 +16,7 @@ from transformers import PreTrainedModel
 from autodeploy import options
 from autodeploy.app.models import check_tokenizer, find_model, print_progress
 from autodeploy.compiler.apply import Result, apply, resolve_passes
+from autodeploy.compiler.own_passes import own_passes
 from autodeploy.compiler.report import Report, align
 from autodeploy.errors import OptionError, UnsupportedFeature
 from autodeploy.graph.edit import Pass
@@ -23,6 +24,7 @@ from autodeploy.inductor.lower import Lowered, lower
 from autodeploy.inductor.step_cache import load_or_make
 from autodeploy.metadata.layout import LayoutSpec
 from autodeploy.ops.cache import Cache
+from autodeploy.ops.step_kind import DECODE
 from autodeploy.options import flag, integer
 from autodeploy.runtime.caches import default_num_pages, free_memory
 from autodeploy.runtime.engine import Engine
@@ -122,6 +124,7 @@ class LLM:
             tokenizer=self.tokenizer,
             cuda_graphs=cuda_graphs,
             vocab_size=_num_embeddings(model),
+            decode_step=plan.decode_step,
         )
 
     @property
@@ -203,24 +206,37 @@ class LLM:
 
     def _compile(self, steps: list[Pass]) -> _Plan:
         folder = options.from_environment().cache_dir / "steps"
+        every = [*steps, *self._specialize()]
         lowered, self.timings.is_warm = load_or_make(
-            folder, self.model, steps, self._trace, lambda gm: self._lower(gm, steps), print_progress
+            folder, self.model, every, self._trace, lambda gm: self._lower(gm, steps), print_progress
         )
-        return _Plan(lowered.bind(self.model), lowered.layout_spec, lowered.cache_specs, lowered.report)
+        decode_step = lowered.bind(self.model, DECODE) if DECODE in lowered.artifacts else None
+        step = lowered.bind(self.model)
+        return _Plan(step, decode_step, lowered.layout_spec, lowered.cache_specs, lowered.report)
 
     def _lower(self, gm: fx.GraphModule, steps: list[Pass]) -> Lowered:
         result = self._apply(gm, steps)
         assert result.layout_spec is not None
         print_progress(f"compiling the step ({len(result.module.graph.nodes)} nodes), once for this model")
         start = self._elapsed()
-        lowered = lower(result.module, self.model, result.layout_spec, result.cache_specs, result.report)
+        specs = (result.layout_spec, result.cache_specs, result.report)
+        lowered = lower(result.module, self.model, *specs, decode=self._for_decode(result))
         self.timings.lower = self._elapsed() - start
         return lowered
 
     def _interpret(self, steps: list[Pass]) -> _Plan:
         result = self._apply(self._trace(), steps)
         assert result.layout_spec is not None
-        return _Plan(result.module, result.layout_spec, result.cache_specs, result.report)
+        decode_step = self._for_decode(result)
+        return _Plan(result.module, decode_step, result.layout_spec, result.cache_specs, result.report)
+
+    def _specialize(self) -> list[Pass]:
+        """What makes the graph of decode steps of the other: on a GPU alone, where kernels have something to gain."""
+        return [own_passes().SpecializeStep(DECODE)] if self.model.device.type == "cuda" else []
+
+    def _for_decode(self, result: Result) -> fx.GraphModule | None:
+        steps = self._specialize()
+        return apply(result.module, passes=steps).module if steps else None
 
     def _trace(self) -> fx.GraphModule:
         start = self._elapsed()
@@ -251,9 +267,10 @@ class LLM:
 
 
 class _Plan(NamedTuple):
-    """A runnable step and what it needs."""
+    """A runnable step and what it needs; `decode_step` is None where `step` does as well."""
 
     step: Callable[..., Tensor]
+    decode_step: Callable[..., Tensor] | None
     layout_spec: LayoutSpec
     cache_specs: tuple[Cache, ...]
     report: Report

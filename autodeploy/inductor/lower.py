@@ -36,17 +36,19 @@ from autodeploy.inductor.machine import machine_key
 from autodeploy.metadata.layout import NUM_FIXED_COLUMNS, LayoutSpec
 from autodeploy.metadata.span import span_of
 from autodeploy.ops.cache import Cache, Paged, State
+from autodeploy.ops.step_kind import DECODE, MIXED, StepKind
 
 
 @dataclass(frozen=True)
 class Lowered:
     """A compiled step and what it needs: `run(attributes, input_ids, layout, *caches) -> logits [R, V]`.
 
-    `attributes` names the model's tensors in the order in which the code takes them; `constants` holds those that
-    are the graph's own and not the model's.
+    `artifacts` has one that is right for any batch, and may have one for each other kind of step. `attributes` names
+    the model's tensors in the order in which the code takes them; `constants` holds those that are the graph's own and
+    not the model's.
     """
 
-    artifact: AOTCompiledArtifact
+    artifacts: dict[StepKind, AOTCompiledArtifact]
     attributes: tuple[str, ...]
     constants: dict[str, Tensor]
     looked_at: dict[str, str]
@@ -54,13 +56,13 @@ class Lowered:
     cache_specs: tuple[Cache, ...]
     report: Report
 
-    def bind(self, model: nn.Module) -> Callable[..., Tensor]:
-        """The step over `model`'s weights. Raises AttributeError where it lacks one."""
+    def bind(self, model: nn.Module, kind: StepKind = MIXED) -> Callable[..., Tensor]:
+        """The step over `model`'s weights. Raises AttributeError where it lacks one, KeyError for a missing kind."""
         weights = [
             self.constants[name] if name in self.constants else get_attribute(model, name) for name in self.attributes
         ]
         weights = [weight.detach() for weight in weights]
-        artifact = self.artifact
+        artifact = self.artifacts[kind]
 
         def step(input_ids: Tensor, layout: Tensor, *caches: Tensor) -> Tensor:
             return artifact(*weights, input_ids, layout, *caches)[0]
@@ -69,10 +71,11 @@ class Lowered:
 
     def save(self) -> bytes:
         """Everything, as `load` takes it."""
-        artifact, libraries = pack(self.artifact)
+        packed = {kind: pack(artifact) for kind, artifact in self.artifacts.items()}
         constants, file = io.BytesIO(), io.BytesIO()
         torch.save(self.constants, constants)
         meta = {
+            "kinds": list(self.artifacts),
             "attributes": self.attributes,
             "looked_at": self.looked_at,
             "layout_spec": asdict(self.layout_spec) | {"spans": [span.name for span in self.layout_spec.spans]},
@@ -84,8 +87,10 @@ class Lowered:
         }
         with zipfile.ZipFile(file, "w") as archive:  # which has a checksum of each part
             archive.writestr("step.json", json.dumps(meta, indent=1))
-            archive.writestr("step.bin", artifact)
             archive.writestr("constants.pt", constants.getvalue())
+            for kind, (artifact, _) in packed.items():
+                archive.writestr(f"{kind}.bin", artifact)
+            libraries = {name: library for _, part in packed.values() for name, library in part.items()}
             for name, library in libraries.items():
                 archive.writestr(f"{name}.so", library)
         return file.getvalue()
@@ -101,7 +106,7 @@ class Lowered:
             meta = json.loads(archive.read("step.json"))
             spec = meta["layout_spec"]
             return Lowered(
-                artifact=unpack(archive.read("step.bin"), scratch),
+                artifacts={kind: unpack(archive.read(f"{kind}.bin"), scratch) for kind in meta["kinds"]},
                 attributes=tuple(meta["attributes"]),
                 constants=torch.load(io.BytesIO(archive.read("constants.pt")), weights_only=True),
                 looked_at=meta["looked_at"],
@@ -117,9 +122,36 @@ def _cache(data: dict[str, Any]) -> Cache:
 
 
 def lower(
-    gm: fx.GraphModule, model: nn.Module, layout_spec: LayoutSpec, cache_specs: Sequence[Cache], report: Report
+    gm: fx.GraphModule,
+    model: nn.Module,
+    layout_spec: LayoutSpec,
+    cache_specs: Sequence[Cache],
+    report: Report,
+    *,
+    decode: fx.GraphModule | None = None,
 ) -> Lowered:
-    """Compile `gm`, made by the passes from a trace of `model`, with Inductor. Leaves `gm` as it is."""
+    """Compile `gm`, made by the passes from a trace of `model`, with Inductor. Leaves `gm` as it is.
+
+    `decode` is `gm` as `specialize_step` made it for decode steps, compiled as well where it is given.
+    """
+    device = next(model.parameters()).device
+    artifact, attributes = _compile(gm, layout_spec, device)
+    artifacts: dict[StepKind, AOTCompiledArtifact] = {MIXED: artifact}
+    if decode is not None:
+        artifacts[DECODE], same = _compile(decode, layout_spec, device)
+        assert list(same) == list(attributes)
+    own = own_tensors(model)
+    names = tuple(_name_in(own, name, tensor) for name, tensor in attributes.items())
+    named = zip(names, attributes.values(), strict=True)
+    constants = {name: tensor.detach() for name, tensor in named if not is_same_tensor(own.get(name), tensor)}
+    looked_at = hashes({name: own[name] for name in LOOKED_AT.get(gm, ()) if name in own})
+    return Lowered(artifacts, names, constants, looked_at, layout_spec, tuple(cache_specs), report)
+
+
+def _compile(
+    gm: fx.GraphModule, layout_spec: LayoutSpec, device: torch.device
+) -> tuple[AOTCompiledArtifact, dict[str, Tensor]]:
+    """The code of `gm` and, in the order in which it takes them, the tensors that are attributes of it."""
     lifted, attributes = lift_attributes(copy_module(gm))
     keep_metadata(lifted)
     example_inputs = _example_inputs(gm, layout_spec)
@@ -127,15 +159,10 @@ def lower(
     with tracing(TracingContext(fake_mode)), torch.no_grad():
         fakes = [fake_mode.from_tensor(tensor.detach(), static_shapes=True) for tensor in attributes.values()]
         fakes += [_fake(fake_mode, tensor, dims) for tensor, dims in example_inputs]
-        with torch.compiler.config.patch(cache_key_tag=_tag(next(model.parameters()).device)):  # type: ignore[attr-defined]
+        with torch.compiler.config.patch(cache_key_tag=_tag(device)):  # type: ignore[attr-defined]
             artifact = standalone_compile(lifted, fakes, dynamic_shapes="from_tracing_context", options={}, aot=True)
     assert isinstance(artifact, AOTCompiledArtifact)
-    own = own_tensors(model)
-    names = tuple(_name_in(own, name, tensor) for name, tensor in attributes.items())
-    named = zip(names, attributes.values(), strict=True)
-    constants = {name: tensor.detach() for name, tensor in named if not is_same_tensor(own.get(name), tensor)}
-    looked_at = hashes({name: own[name] for name in LOOKED_AT.get(gm, ()) if name in own})
-    return Lowered(artifact, names, constants, looked_at, layout_spec, tuple(cache_specs), report)
+    return artifact, attributes
 
 
 def _name_in(own: Mapping[str, Tensor], name: str, tensor: Tensor) -> str:

@@ -19,6 +19,7 @@ from autodeploy.metadata import fields
 from autodeploy.ops.backend import Backend
 from autodeploy.ops.kinds.causal_conv1d import CachedConv1d
 from autodeploy.ops.site import Site
+from autodeploy.ops.step_kind import DECODE, MIXED, StepKind
 
 _DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 _MAX_TAPS = 4
@@ -27,7 +28,7 @@ _library = torch.library.Library("autodeploy", "FRAGMENT")
 _library.define(
     "package_causal_conv1d(Tensor hidden, Tensor weight, Tensor? bias, Tensor(a!) state_cache, Tensor state_slots,"
     " Tensor updated_slots, Tensor fresh_slots, Tensor stream_indices, Tensor stream_places, Tensor state_indices, *,"
-    " str? activation=None) -> Tensor",
+    " str? activation=None, str step_kind='mixed') -> Tensor",
     tags=(torch.Tag.pt2_compliant_tag,),
 )
 
@@ -46,6 +47,7 @@ def _causal_conv1d(
     state_indices: Tensor,
     *,
     activation: str | None = None,
+    step_kind: StepKind = MIXED,
 ) -> Tensor:
     """Convolve each sequence's cached inputs followed by its new ones, and cache the last N - 1 of them.
 
@@ -55,7 +57,7 @@ def _causal_conv1d(
     from causal_conv1d import causal_conv1d_fn, causal_conv1d_update  # pyright: ignore[reportMissingImports]
 
     hidden_CT = hidden[0]
-    if hidden.shape[2] == state_slots.shape[0]:
+    if step_kind == DECODE:
         state_cache.index_fill_(0, fresh_slots, 0)
         slots = {"conv_state_indices": updated_slots}
         out_TC = causal_conv1d_update(hidden_CT.T, state_cache, weight, bias, activation, **slots)

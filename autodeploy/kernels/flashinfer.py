@@ -23,6 +23,7 @@ from autodeploy.metadata.span import Chunk, span_of
 from autodeploy.ops.backend import Backend
 from autodeploy.ops.kinds.attention import PagedAttention
 from autodeploy.ops.site import Site
+from autodeploy.ops.step_kind import DECODE, MIXED, StepKind
 
 # The wrappers' module-level functions, which take a plan as an argument, have the same parameters in these versions.
 _FIRST_VERSION, _FIRST_UNKNOWN = (0, 6, 9), (0, 7, 0)
@@ -54,28 +55,27 @@ _INSTALL = "pip install 'flashinfer-python>=0.6.9,<0.7'"
 
 _library = torch.library.Library("autodeploy", "FRAGMENT")
 _library.define(
-    "flashinfer_plan(Tensor cu_seqlens_q, Tensor page_indptr, Tensor last_page_len, SymInt num_tokens, *,"
+    "flashinfer_plan(Tensor cu_seqlens_q, Tensor page_indptr, Tensor last_page_len, *,"
     " int num_heads, int num_kv_heads, int head_dim, int page_size, ScalarType dtype, str span='full',"
-    " bool has_softcap=False) -> (Tensor, Tensor)",
+    " bool has_softcap=False, str step_kind='mixed') -> (Tensor, Tensor)",
     tags=(torch.Tag.pt2_compliant_tag,),
 )
 _library.define(
     "flashinfer_paged_attention(Tensor query, Tensor key_cache, Tensor value_cache, Tensor cu_seqlens_q,"
     " Tensor page_indptr, Tensor page_indices, Tensor last_page_len, Tensor schedule, Tensor tables, *, float scale,"
-    " str span='full', float? softcap=None) -> Tensor",
+    " str span='full', float? softcap=None, str step_kind='mixed') -> Tensor",
     tags=(torch.Tag.pt2_compliant_tag,),
 )
 
 
-def _module(num_tokens: int, num_rows: int, head_dim: int, dtype: torch.dtype, span: str, cap: bool) -> Any:
+def _module(step_kind: StepKind, head_dim: int, dtype: torch.dtype, span: str, cap: bool) -> Any:
     """FlashInfer's kernels, compiled when first asked for, and whether they are FA2."""
     from flashinfer.prefill import get_batch_prefill_module  # pyright: ignore[reportMissingImports]
     from flashinfer.utils import determine_attention_backend  # pyright: ignore[reportMissingImports]
 
     # FA3 does not split a long sequence among thread blocks, which a decode step lives by.
     device = torch.device("cuda", torch.cuda.current_device())
-    is_decode = num_tokens == num_rows
-    name = "fa2" if is_decode else determine_attention_backend(device, 0, False, False, dtype, dtype)
+    name = "fa2" if step_kind == DECODE else determine_attention_backend(device, 0, False, False, dtype, dtype)
     types = (dtype, dtype, dtype, torch.int32)
     return get_batch_prefill_module(name, *types, head_dim, head_dim, 0, span != "full", cap, False), name == "fa2"
 
@@ -85,7 +85,6 @@ def _plan(
     cu_seqlens_q: Tensor,
     page_indptr: Tensor,
     last_page_len: Tensor,
-    num_tokens: int,
     *,
     num_heads: int,
     num_kv_heads: int,
@@ -94,6 +93,7 @@ def _plan(
     dtype: torch.dtype,
     span: str = "full",
     has_softcap: bool = False,
+    step_kind: StepKind = MIXED,
 ) -> tuple[Tensor, Tensor]:
     """The schedule [32] int64, on the CPU (how many numbers, the numbers, zeros), and its tables [N] uint8.
 
@@ -105,7 +105,7 @@ def _plan(
             "FlashInfer plans on the host, which a CUDA graph cannot repeat",
             fix="run without CUDA graphs, or choose another backend",
         )
-    module, is_fa2 = _module(num_tokens, num_rows, head_dim, dtype, span, has_softcap)
+    module, is_fa2 = _module(step_kind, head_dim, dtype, span, has_softcap)
     lengths = torch.cat([cu_seqlens_q, page_indptr, last_page_len]).cpu()
     starts, pages, last = lengths.split([num_rows + 1, num_rows + 1, num_rows])
     seen = torch.where(pages.diff() > 0, (pages.diff() - 1) * page_size + last, 0)
@@ -143,6 +143,7 @@ def _paged_attention(
     scale: float,
     span: str = "full",
     softcap: float | None = None,
+    step_kind: StepKind = MIXED,
 ) -> Tensor:
     """Attend to the pages in place, as planned, with new keys and values cached.
 
@@ -151,8 +152,7 @@ def _paged_attention(
     """
     _, num_heads, num_tokens, head_dim = query.shape
     out_THD = torch.zeros((num_tokens, num_heads, head_dim), dtype=query.dtype, device=query.device)
-    num_rows = last_page_len.shape[0]
-    module, _ = _module(num_tokens, num_rows, head_dim, query.dtype, span, softcap is not None)
+    module, _ = _module(step_kind, head_dim, query.dtype, span, softcap is not None)
     count, *numbers = schedule.tolist()
     partial = torch.empty(_PARTIAL_BYTES, dtype=torch.uint8, device=query.device)
     module.paged_run(
@@ -220,9 +220,7 @@ class FlashInferAttention(PagedAttention):
         }
         key = {name: getattr(f, name) for name in ("num_heads", "num_kv_heads", "head_dim")}
         key |= {"page_size": site.page_size, "dtype": site.dtype, "span": site.span.name}
-        plan = torch.ops.autodeploy.flashinfer_plan.default(
-            *lengths.values(), num_tokens, **key, has_softcap=f.softcap is not None
-        )
+        plan = torch.ops.autodeploy.flashinfer_plan.default(*lengths.values(), **key, has_softcap=f.softcap is not None)
         return lengths | {
             "slot_mapping": fields.slot_mapping(layout, num_tokens, *pages),
             "page_indices": page_indices,

@@ -20,6 +20,7 @@ from autodeploy.metadata import fields
 from autodeploy.ops.cache import Cache
 from autodeploy.ops.kinds.attention import PagedAttention
 from autodeploy.ops.site import Site
+from autodeploy.ops.step_kind import DECODE, MIXED, StepKind
 
 _DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 _MAX_HEAD_SIZE = 256
@@ -28,7 +29,8 @@ _library = torch.library.Library("autodeploy", "FRAGMENT")
 _library.define(
     "triton_paged_attention(Tensor query, Tensor key, Tensor value, Tensor? sinks, Tensor(a!) key_cache,"
     " Tensor(b!) value_cache, Tensor slot_mapping, Tensor block_table, Tensor seq_lens, Tensor cu_seqlens_q,"
-    " Tensor query_tiles, Tensor? alibi_slopes=None, *, float scale, str span='full', float? softcap=None) -> Tensor",
+    " Tensor query_tiles, Tensor? alibi_slopes=None, *, float scale, str span='full', float? softcap=None,"
+    " str step_kind='mixed') -> Tensor",
     tags=(torch.Tag.pt2_compliant_tag, torch.Tag.flexible_layout),
 )
 
@@ -51,23 +53,23 @@ def _paged_attention(
     scale: float,
     span: str = "full",
     softcap: float | None = None,
+    step_kind: StepKind = MIXED,
 ) -> Tensor:
     """Write the new keys and values to their slots, and attend each row to what it sees.
 
     query [1, H, T, D], key [1, K, T, D], value [1, K, T, E], sinks and slopes [H], caches [N, p, K, D or E],
-    contiguous -> [1, T, H, E], zeros for padding tokens. The int tensors are fields. T == S promises that no row has
-    more than one new token, and then the decode kernel does everything.
+    contiguous -> [1, T, H, E], zeros for padding tokens. The int tensors are fields. In a decode step the decode
+    kernel does everything.
     """
     query_HTD, key_KTD, value_KTE = (in_rows(tensor[0]) for tensor in (query, key, value))
     out_THE = query.new_empty(query.shape[2], query.shape[1], value.shape[3])
     scoring = Scoring.of(scale, span, softcap)
     new, caches, rows = (key_KTD, value_KTE), (key_cache, value_cache), (block_table, seq_lens, cu_seqlens_q)
     per_head = (sinks, alibi_slopes)
-    is_decode = query.shape[2] == seq_lens.shape[0]
-    if not is_decode:
+    if step_kind != DECODE:
         append(*new, *caches, out_THE, slot_mapping, cu_seqlens_q)
     decode(query_HTD, *new, *per_head, *caches, *rows, out_THE, scoring)
-    if not is_decode:
+    if step_kind != DECODE:
         prefill(query_HTD, *per_head, *caches, *rows, query_tiles, out_THE, scoring)
     return out_THE[None]
 
@@ -80,7 +82,7 @@ def _(query, key, value, *_, **__):
 _library.define(
     "triton_attend(Tensor query, Tensor? sinks, Tensor key_cache, Tensor value_cache, Tensor block_table,"
     " Tensor seq_lens, Tensor cu_seqlens_q, Tensor query_tiles, Tensor? alibi_slopes=None, *, float scale,"
-    " str span='full', float? softcap=None) -> Tensor",
+    " str span='full', float? softcap=None, str step_kind='mixed') -> Tensor",
     tags=(torch.Tag.pt2_compliant_tag, torch.Tag.flexible_layout),
 )
 
@@ -100,6 +102,7 @@ def _attend(
     scale: float,
     span: str = "full",
     softcap: float | None = None,
+    step_kind: StepKind = MIXED,
 ) -> Tensor:
     """The same for a layer whose keys and values another layer has written."""
     query_HTD = in_rows(query[0])
@@ -107,7 +110,8 @@ def _attend(
     scoring = Scoring.of(scale, span, softcap)
     shared = (sinks, alibi_slopes, key_cache, value_cache, block_table, seq_lens, cu_seqlens_q)
     decode(query_HTD, None, None, *shared, out_THE, scoring)
-    prefill(query_HTD, *shared, query_tiles, out_THE, scoring)
+    if step_kind != DECODE:
+        prefill(query_HTD, *shared, query_tiles, out_THE, scoring)
     return out_THE[None]
 
 

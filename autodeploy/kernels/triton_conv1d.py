@@ -23,6 +23,7 @@ from autodeploy.metadata import fields
 from autodeploy.ops.backend import Backend
 from autodeploy.ops.kinds.causal_conv1d import CachedConv1d
 from autodeploy.ops.site import Site
+from autodeploy.ops.step_kind import DECODE, MIXED, StepKind
 
 _DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 _MAX_TAPS = 8
@@ -32,7 +33,8 @@ _BLOCK_C, _BLOCK_T = 128, 8
 _library = torch.library.Library("autodeploy", "FRAGMENT")
 _library.define(
     "triton_causal_conv1d(Tensor hidden, Tensor weight, Tensor? bias, Tensor(a!) state_cache, Tensor state_slots,"
-    " Tensor has_initial_state, Tensor cu_seqlens_q, Tensor token_to_seq, *, str? activation=None) -> Tensor",
+    " Tensor has_initial_state, Tensor cu_seqlens_q, Tensor token_to_seq, *, str? activation=None,"
+    " str step_kind='mixed') -> Tensor",
     tags=(torch.Tag.pt2_compliant_tag,),
 )
 
@@ -180,6 +182,7 @@ def _causal_conv1d(
     token_to_seq: Tensor,
     *,
     activation: str | None = None,
+    step_kind: StepKind = MIXED,
 ) -> Tensor:
     """Convolve each sequence's cached inputs followed by its new ones, and cache the last N - 1 of them.
 
@@ -195,7 +198,7 @@ def _causal_conv1d(
     sizes = (channels, hidden.stride(1), hidden.stride(2), state_slots.stride(0), weight.shape[1])
     blocks = triton.cdiv(channels, _BLOCK_C)
     silu, block_n = activation is not None, power_of_two(weight.shape[1])
-    if num_tokens == num_rows:
+    if step_kind == DECODE:
         decode_kernel[(blocks, num_rows)](*tensors, *rows, out_1TC, *sizes, silu, block_n, _BLOCK_C, num_warps=1)
         return out_1TC.transpose(1, 2)
     grid = (triton.cdiv(num_tokens, _BLOCK_T), blocks)

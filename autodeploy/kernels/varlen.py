@@ -17,6 +17,7 @@ from autodeploy.metadata.span import Chunk, span_of
 from autodeploy.ops.backend import Backend
 from autodeploy.ops.kinds.attention import PagedAttention
 from autodeploy.ops.site import Site
+from autodeploy.ops.step_kind import DECODE, MIXED, StepKind
 
 _PAGE_MULTIPLE = 256
 _MAX_HEAD_DIM = 256
@@ -24,7 +25,8 @@ _MAX_HEAD_DIM = 256
 _library = torch.library.Library("autodeploy", "FRAGMENT")
 _library.define(
     "varlen_paged_attention(Tensor query, Tensor key_cache, Tensor value_cache, Tensor block_table, Tensor seq_lens,"
-    " Tensor cu_seqlens_q, *, float scale, str span='full', float? softcap=None) -> Tensor",
+    " Tensor cu_seqlens_q, *, float scale, str span='full', float? softcap=None, str step_kind='mixed')"
+    " -> Tensor",
     tags=(torch.Tag.pt2_compliant_tag,),
 )
 
@@ -41,6 +43,7 @@ def _paged_attention(
     scale: float,
     span: str = "full",
     softcap: float | None = None,
+    step_kind: StepKind = MIXED,
 ) -> Tensor:
     """Attend to the pages in place, with new keys and values cached.
 
@@ -52,7 +55,6 @@ def _paged_attention(
     assert softcap is None
     query_THD = query[0].transpose(0, 1)
     out_THD = torch.zeros(query_THD.shape, dtype=query.dtype, device=query.device)
-    num_tokens, num_rows = query.shape[2], block_table.shape[0]
     options: dict[str, Any] = {
         "scale": scale,
         "window_size": ((span_of(span).longest or 0) - 1, 0),
@@ -63,14 +65,14 @@ def _paged_attention(
     # How many keys a row has is said by seqused_k. FA2 asks for cu_seq_k all the same, and FA3 refuses it.
     cu_seq_k = None if _is_fa3() else cu_seqlens_q
     max_k = block_table.shape[1] * key_cache.shape[1]
-    if num_tokens == num_rows:
+    if step_kind == DECODE:
         # Of one token per row FA2 packs the query heads of a group together, and gives a tensor of its own with zeros
         # for rows that have no keys.
         out = varlen_attn(query_THD, key_cache, value_cache, cu_seqlens_q, cu_seq_k, 1, max_k, **options)
         assert isinstance(out, Tensor)
         return out[None]
     # Rows of `out_THD` that belong to no sequence keep their zeros.
-    max_q = max(2, num_tokens)
+    max_q = max(2, query.shape[2])
     varlen_attn_out(out_THD, query_THD, key_cache, value_cache, cu_seqlens_q, cu_seq_k, max_q, max_k, **options)
     return out_THD[None]
 

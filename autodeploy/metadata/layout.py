@@ -6,10 +6,6 @@ One int32 row per sequence, so that the whole batch is one rectangular tensor an
 
 S = sequences (rows beyond the real ones are padding), C = 3 + G * P, G = KV groups, P = pages per sequence.
 A padding row is all zeros: no tokens, scratch page 0, scratch state slot 0.
-
-A step of as many tokens T (padding included) as rows S is a decode step: no row has more than one new token, and token
-t is that of row t. So the sizes alone, which the host knows, tell a kernel which launch it needs; whoever packs a step
-keeps that promise by `promised_tokens`.
 """
 
 from __future__ import annotations
@@ -30,14 +26,6 @@ SCRATCH_STATE = 0
 # mistaken for one another, and typical of a small step.
 SIZES = (("T", 34), ("S", 33), ("GP", 36))
 POOL_HINT = 61  # pages of a group, state slots
-
-
-def promised_tokens(num_tokens: int, num_sequences: int, longest_query: int) -> int:
-    """T for a step of `num_tokens` and `num_sequences`, both padded, whose longest row has `longest_query` new tokens.
-
-    One more than `num_tokens` where T == S would call it a decode step that it is not.
-    """
-    return num_tokens + (num_tokens == num_sequences and longest_query > 1)
 
 
 @dataclass(frozen=True)

@@ -26,7 +26,6 @@ from autodeploy.metadata.layout import (
     SCRATCH_STATE,
     STATE_SLOT,
     LayoutSpec,
-    promised_tokens,
 )
 
 # Inductor clones an input whose address is not a multiple of 16 bytes, so the layout starts at one: 4 int32.
@@ -116,8 +115,8 @@ def nest_sequences(
     token_ids [sum of query_lens], the new tokens of all sequences, end to end; query_lens, context_lens, state_slots
     [n]; block_tables [G, n, W]; all integers. `num_pages` has the pool size of each KV group and `num_state_slots` that
     of the state caches, scratch included; without state caches `state_slots` may be all 0 (scratch).
-    T and S are padded with zeros up to `pad_tokens` and `pad_sequences`, T by one more where that would promise a
-    decode step that this is not (see layout.py); each block table is cut or padded to `pages_per_sequence` (default W).
+    T and S are padded with zeros up to `pad_tokens` and `pad_sequences`; each block table is cut or padded to
+    `pages_per_sequence` (default W).
     Entries of a block table that this step does not use, those behind a sliding window among them, are packed as 0.
     Raises LayoutError, with nothing written, for a batch that would read or write what it does not own.
     """
@@ -131,7 +130,6 @@ def nest_sequences(
 
     padded_sequences = max(pad_sequences, len(batch.query_lens))
     padded_tokens = max(pad_tokens, len(batch.token_ids))
-    padded_tokens = promised_tokens(padded_tokens, padded_sequences, int(batch.query_lens.max(initial=0)))
     num_columns = spec.num_columns(width)
     arena = arena or Arena.allocate(padded_tokens, padded_sequences, num_columns)
     nested = arena.view(padded_tokens, padded_sequences, num_columns)

@@ -18,8 +18,6 @@ from __future__ import annotations
 from functools import lru_cache
 from typing import NamedTuple
 
-from autodeploy.metadata.layout import promised_tokens
-
 MIN_SIZE = 2
 _CAPTURED_ROWS = 8
 _CAPTURED_PAGES = 64
@@ -34,16 +32,10 @@ class StepSizes(NamedTuple):
 
 
 @lru_cache(maxsize=64)
-def padded_sizes(
-    num_tokens: int, num_sequences: int, longest_query: int, pages_per_sequence: int, max_pages: int
-) -> StepSizes:
-    """The sizes to pad a step to, whose longest row has `longest_query` new tokens.
-
-    `max_pages` (at least 2) bounds the pages of any sequence.
-    """
+def padded_sizes(num_tokens: int, num_sequences: int, pages_per_sequence: int, max_pages: int) -> StepSizes:
+    """The sizes to pad a step to. `max_pages` (at least 2) bounds the pages of any sequence."""
     pages = min(_page_bucket(pages_per_sequence), max_pages)
-    rows = max(MIN_SIZE, num_sequences)
-    return StepSizes(promised_tokens(max(MIN_SIZE, num_tokens), rows, longest_query), rows, pages)
+    return StepSizes(max(MIN_SIZE, num_tokens), max(MIN_SIZE, num_sequences), pages)
 
 
 @lru_cache(maxsize=64)

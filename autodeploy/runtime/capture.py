@@ -56,7 +56,7 @@ class CudaGraphs:
 
 
 class CapturedStep:
-    """`step` for decode steps of sizes T == S, which are packed into the graphs' arena of `staging`.
+    """`step`, right for decode steps at least, which are packed into the graphs' arena of `staging`.
 
     `logits` [max_num_seqs, V] and `best` [max_num_seqs] int64, the greedy tokens, are written by every run and valid
     until the next.

@@ -38,6 +38,7 @@ class Engine:
 
     `cache_specs` are in the order of the step's cache arguments. `num_pages` is per KV group, scratch page included.
     On a CUDA device decode steps run as CUDA graphs, made by `graphs` where it is given, unless `cuda_graphs` is False.
+    `decode_step` runs decode steps (`ops/step_kind.py`) where it is given; `step` is right for any.
     `vocab_size` is the number of rows of the model's embedding: a token id beyond it would be an error of the step.
 
     Threads share the steps. Every method may be called from any thread: one steps at a time, with everybody's requests
@@ -64,6 +65,7 @@ class Engine:
         cuda_graphs: bool = True,
         graphs: Graphs | None = None,
         vocab_size: int | None = None,
+        decode_step: Step | None = None,
     ) -> None:
         device = torch.device(device)
         sizes = {"max_num_seqs": max_num_seqs, "max_num_tokens": max_num_tokens, "max_model_len": max_model_len}
@@ -73,7 +75,7 @@ class Engine:
         max_pages = max(MIN_SIZE, -(-max_model_len // layout_spec.page_size))
         max_rows = max(MIN_SIZE, max_num_seqs)
         self.stats = EngineStats()
-        self._step = step
+        self._step, self._decode_step = step, decode_step or step
         self._spec = layout_spec
         self._eos_token_ids = frozenset(eos_token_ids)
         self._decoder = Decoder(tokenizer) if tokenizer else None
@@ -88,8 +90,7 @@ class Engine:
         self._tables = BlockTables(layout_spec, num_pages, max_num_seqs, max_pages)
         self._scheduler = Scheduler(self._tables, max_num_tokens=max_num_tokens, max_model_len=max_model_len)
         link = Link(device)
-        # One token more than the budget, for the promise of a decode step.
-        most_tokens = max(max_rows, max_num_tokens) + 1
+        most_tokens = max(max_rows, max_num_tokens)
         self._staging = Staging(link, most_tokens, max_rows, layout_spec.num_columns(max_pages))
         self._packer = Packer(self._staging, self._tables, self._scheduler.sequences)
         self._fetch = Fetch(link, max_rows)
@@ -98,7 +99,7 @@ class Engine:
             graphs = CudaGraphs(device)
         self._captured: CapturedStep | None = None
         if graphs is not None:
-            self._captured = CapturedStep(step, self._staging, self._caches, max_rows, graphs)
+            self._captured = CapturedStep(self._decode_step, self._staging, self._caches, max_rows, graphs)
 
     @property
     def has_work(self) -> bool:
@@ -261,8 +262,7 @@ class Engine:
         pages = -(-batch.longest // self._spec.page_size)
         if self._is_captured(batch):
             return captured_sizes(len(batch.rows), pages, max_num_seqs, max_pages)
-        longest_query = 1 if batch.is_decode else int(batch.query_lens.max())
-        return padded_sizes(batch.num_tokens, len(batch.rows), longest_query, pages, max_pages)
+        return padded_sizes(batch.num_tokens, len(batch.rows), pages, max_pages)
 
     def _compute(self, batch: Batch, sizes: StepSizes, inputs: Nested) -> tuple[np.ndarray, int]:
         """Run a step: the tokens [k] int64 of `batch.sampled`, and the bytes copied to the device to choose them.
@@ -272,7 +272,8 @@ class Engine:
         if self._captured and batch.is_decode:
             logits, best = self._captured(sizes, inputs)
         else:
-            logits, best = self._step(inputs.input_ids, inputs.layout, *self._caches), None
+            step = self._decode_step if batch.is_decode else self._step
+            logits, best = step(inputs.input_ids, inputs.layout, *self._caches), None
         drawing, num_sampled = batch.drawing, len(batch.sampled)
         if len(drawing) < num_sampled:
             # Over all rows, padding too: cheaper than sending an index to the device.
