@@ -13,7 +13,7 @@ import torch
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from layout_graphs import OPS, random_module
-from torch import fx
+from torch import fx, nn
 from traces import before as before_pass
 from traces import traced
 from viz_graphs import Maker, aten, attention_layer, cached_layer, graph_module, layers
@@ -21,6 +21,7 @@ from viz_graphs import Maker, aten, attention_layer, cached_layer, graph_module,
 from autodeploy.compiler import pipeline
 from autodeploy.errors import OptionError, UnknownName
 from autodeploy.graph.edit import copy_module
+from autodeploy.graph.meta import VALUE
 from autodeploy.viz import GraphDiff, Recorder, Snapshot
 from autodeploy.viz import text as terminal
 from autodeploy.viz.arguments import Ref
@@ -255,6 +256,39 @@ def test_counts_are_those_of_the_nodes() -> None:
     targets = Counter(old[id].short_target for id in rewired)
     assert targets["sdpa_paged_attention"] == 4
     assert sum(diff.counts.values()) - diff.counts["added"] == len(old)
+
+
+def test_weights() -> None:
+    """Values and dtypes of what a graph holds, as they are now."""
+
+    class Scaled(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            torch.manual_seed(0)
+            self.linear, self.weight = nn.Linear(3, 3), nn.Parameter(torch.ones(3))
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return self.linear(x) * self.weight
+
+    def model() -> fx.GraphModule:
+        gm = fx.symbolic_trace(Scaled())
+        for node in gm.graph.find_nodes(op="get_attr"):
+            VALUE.set(node, torch.ones(3, device="meta"))  # as it was when it was traced
+        return gm
+
+    before, after = model(), model()
+    assert GraphDiff.of(before, after).is_empty
+    with torch.no_grad():
+        after.weight[1] = 2  # type: ignore[index]
+    assert [str(change.what) for entry in GraphDiff.of(before, after).changed for change in entry.changes] == ["values"]
+    after = model()
+    after.weight = nn.Parameter(torch.ones(3).half())
+    whats = [change.what for entry in GraphDiff.of(before, after).changed for change in entry.changes]
+    assert sorted(whats) == ["dtype", "values"]
+    after = model()
+    after.linear.bias.data.zero_()  # type: ignore[union-attr]
+    (entry,) = GraphDiff.of(before, after).changed
+    assert [change.what for change in entry.changes] == ["values"]
 
 
 def test_no_story_without_metadata() -> None:

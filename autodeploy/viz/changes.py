@@ -70,6 +70,7 @@ class Comparison:
             "module": (one.module, other.module),
             "role": (one.role, other.role),
             "graph": (one.graph, other.graph),
+            "values": (one.content, other.content) if one.content and other.content else ("", ""),
         }
         if _base(one.name) == _base(other.name):
             del pairs["name"]

@@ -16,7 +16,8 @@ class Node:
 
     `arguments` are named by the op's schema where it has one, and leave out those that are at their default.
     `graph` is the path of the graph it lies in, empty for the outermost; `module` that of the model's module that made
-    it; `role` what an input or attribute is for ("layout", "weight", ...); `free` whether it launches nothing.
+    it; `role` what an input or attribute is for ("layout", "weight", ...); `free` whether it launches nothing;
+    `content` a hash of the values of the weights that it names.
     """
 
     id: int
@@ -31,6 +32,7 @@ class Node:
     source: str = ""
     role: str = ""
     free: bool = False
+    content: str = ""
 
     @cached_property
     def leaves(self) -> tuple[tuple[str, Argument], ...]:
@@ -62,9 +64,9 @@ class Node:
         return parts[1] if self.is_overload else parts[-1]
 
 
-_PLAIN = ("graph", "module", "module_type", "source", "role", "free")
+_PLAIN = ("graph", "module", "module_type", "source", "role", "free", "content")
 _TYPES: dict[str, type] = {"id": int, "arguments": list, "values": list, "free": bool}
-_TYPES |= dict.fromkeys(("name", "op", "target", "graph", "module", "module_type", "source", "role"), str)
+_TYPES |= dict.fromkeys(("name", "op", "target", "graph", "module", "module_type", "source", "role", "content"), str)
 _VALUE_TYPES: dict[str, type] = {"dtype": str, "shape": list, "device": str, "text": str}
 
 

@@ -17,6 +17,7 @@ from torch import fx
 
 from autodeploy.errors import OptionError
 from autodeploy.graph.meta import NODE_ID
+from autodeploy.viz.content import Hashes
 from autodeploy.viz.history import Stage
 from autodeploy.viz.infer import infer_fates
 from autodeploy.viz.links import Links
@@ -71,6 +72,7 @@ class Recorder:
         self._stages: list[Stage] = []
         self._ids: dict[fx.Node, int] = {}
         self._numbers = count()
+        self._hashes = Hashes()
         self._events = _Events()
         self._running: tuple[Step, fx.GraphModule, ExitStack] | None = None
 
@@ -141,7 +143,7 @@ class Recorder:
         nodes = _nodes(gm)
         for node in nodes:
             NODE_ID.set(node, self._ids[node])
-        return Snapshot.of(gm, title, self._id)
+        return Snapshot.of(gm, title, self._id, self._hashes)
 
     def _id(self, node: fx.Node) -> int:
         if node not in self._ids:

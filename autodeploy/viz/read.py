@@ -14,6 +14,7 @@ from torch import fx
 from autodeploy.graph.location import module_path
 from autodeploy.graph.meta import MODEL_NAME, MODULE_STACK, ROLE, STACK_TRACE
 from autodeploy.viz.arguments import Argument, Arguments, plain_text, read_argument
+from autodeploy.viz.content import Hashes
 from autodeploy.viz.node import Node
 from autodeploy.viz.values import read_values, value_leaves
 
@@ -35,14 +36,14 @@ def graphs_of(gm: fx.GraphModule) -> Iterator[tuple[str, fx.GraphModule]]:
                 pending.append((f"{path}.{node.target}".lstrip("."), inner))
 
 
-def read_nodes(gm: fx.GraphModule, id_of: IdOf) -> Iterator[Node]:
+def read_nodes(gm: fx.GraphModule, id_of: IdOf, hashes: Hashes) -> Iterator[Node]:
     """Every node of `graphs_of(gm)`, in graph order."""
     for path, owner in graphs_of(gm):
         sizes: set[fx.Node] = set()
         for node in owner.graph.nodes:
             if _is_size(node, sizes):
                 sizes.add(node)
-            yield _read_node(node, path, owner, id_of, sizes)
+            yield _read_node(node, path, owner, id_of, sizes, hashes)
 
 
 def _is_size(node: fx.Node, sizes: set[fx.Node]) -> bool:
@@ -66,11 +67,12 @@ def _attribute(owner: fx.GraphModule, node: fx.Node) -> Any:
     return value
 
 
-def _read_node(node: fx.Node, graph: str, owner: fx.GraphModule, id_of: IdOf, sizes: set[fx.Node]) -> Node:
+def _read_node(
+    node: fx.Node, graph: str, owner: fx.GraphModule, id_of: IdOf, sizes: set[fx.Node], hashes: Hashes
+) -> Node:
     attribute = _attribute(owner, node)
-    values = read_values(node)
-    if not values and isinstance(attribute, torch.Tensor):
-        values = value_leaves(attribute)
+    # What a weight is may have changed since somebody wrote down what it was.
+    values = value_leaves(attribute) if isinstance(attribute, torch.Tensor) else read_values(node)
     path, kind = _module(node)
     return Node(
         id=id_of(node),
@@ -85,6 +87,7 @@ def _read_node(node: fx.Node, graph: str, owner: fx.GraphModule, id_of: IdOf, si
         source=_source(str(STACK_TRACE.get(node) or "")),
         role=_role(node, attribute),
         free=node in sizes or _is_free(node, sizes),
+        content="" if isinstance(attribute, fx.GraphModule) else hashes.of(attribute),
     )
 
 

@@ -14,6 +14,7 @@ from torch import fx
 
 from autodeploy.errors import OptionError
 from autodeploy.viz.arguments import Ref, format_argument
+from autodeploy.viz.content import Hashes
 from autodeploy.viz.node import Node, node_from_json, node_to_json
 from autodeploy.viz.pause import collector_paused
 from autodeploy.viz.read import graphs_of, read_nodes
@@ -34,13 +35,18 @@ class Snapshot:
         return f"Snapshot({self.title!r}, {len(self.nodes)} nodes)"
 
     @staticmethod
-    def of(gm: fx.GraphModule, title: str = "", id_of: Callable[[fx.Node], int] | None = None) -> Snapshot:
-        """`gm` as it is now. Ids count from 0 in order, unless `id_of` gives them."""
+    def of(
+        gm: fx.GraphModule,
+        title: str = "",
+        id_of: Callable[[fx.Node], int] | None = None,
+        hashes: Hashes | None = None,
+    ) -> Snapshot:
+        """`gm` as it is now. Ids count from 0 in order, unless `id_of` gives them. `hashes` are those known already."""
         if id_of is None:
             numbers = count()
             id_of = {node: next(numbers) for _, module in graphs_of(gm) for node in module.graph.nodes}.__getitem__
         with collector_paused():
-            return Snapshot(tuple(read_nodes(gm, id_of)), title)
+            return Snapshot(tuple(read_nodes(gm, id_of, hashes or Hashes())), title)
 
     @cached_property
     def by_id(self) -> dict[int, Node]:
