@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import operator
+import re
 from collections import Counter
 from io import StringIO
 
@@ -316,8 +317,10 @@ def test_text_of_the_whole_pipeline() -> None:
     assert "4 x model.layers.* (0-3)" in text
     assert "- attention, + sdpa_paged_attention" in text
     assert "\033" not in text
-    narrow = terminal.render(recorder.trace().diff(), 60)
-    assert max(map(len, narrow.splitlines())) <= 60
+    index = recorder.trace().index("share_metadata")
+    told = recorder.trace().diff(index - 1, index).story
+    assert told is not None
+    assert max(map(len, terminal.story(told).splitlines())) <= 80
 
 
 class Terminal(StringIO):
@@ -333,7 +336,8 @@ def test_color_only_for_terminals_that_want_it(no_color: str, colored: bool, mon
     terminals, plain = Terminal(), StringIO()
     terminal.print_diff(diff, terminals)
     terminal.print_diff(diff, plain)
-    assert ("\033[" in terminals.getvalue()) == colored
+    assert ("\033[3" in terminals.getvalue()) == colored
+    assert max(len(re.sub(r"\033\[[0-9;]*m", "", line)) for line in terminals.getvalue().splitlines()) <= 50
     assert plain.getvalue() == f"{diff}\n"
 
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import inspect
 import os
 import platform
-from collections.abc import Sequence
 from importlib.metadata import PackageNotFoundError, entry_points, version
 from typing import Any
 
@@ -16,32 +15,33 @@ from autodeploy.compiler.own_passes import own_passes
 from autodeploy.kernels.registry import backends, catalogue
 from autodeploy.ops.kinds import kinds
 from autodeploy.ops.site import Site
+from autodeploy.viz.table import table
 
 _DISTRIBUTIONS = ("autodeploy-fx", "torch", "transformers", "triton", "flashinfer-python", "causal-conv1d", "gguf")
 
 
 def pass_lines() -> list[str]:
     """The default passes in their order, each with the first line of its file."""
-    return _table([(step.name, _first_line(inspect.getmodule(type(step)))) for step in own_passes().default()])
+    return table([(step.name, _first_line(inspect.getmodule(type(step)))) for step in own_passes().default()])
 
 
 def field_lines() -> list[str]:
     """Every field: name, shape, what it depends on beside the batch, meaning."""
     backends()  # loads the kernels, which register fields of their own
     rows = [(field.name, field.shape, field.depends or "-", field.meaning) for field in catalogue()]
-    return _table([("name", "shape", "depends", "meaning"), *rows])
+    return table([("name", "shape", "depends", "meaning"), *rows])
 
 
 def kind_lines() -> list[str]:
     """Every kind of attention node: name, the layer types that choose its backend, meaning."""
     rows = [(kind.name, ", ".join(kind.layer_types), kind.meaning) for kind in kinds()]
-    return _table([("name", "layer types", "meaning"), *rows])
+    return table([("name", "layer types", "meaning"), *rows])
 
 
 def backend_lines() -> list[str]:
     """Every backend: the kind of node it runs, name, meaning; in the order in which "auto" prefers them."""
     rows = [(kind.name, backend.name, backend.meaning) for kind in kinds() for backend in _backends_of(kind.name)]
-    return _table([("kind", "name", "meaning"), *rows])
+    return table([("kind", "name", "meaning"), *rows])
 
 
 def doctor_lines() -> list[str]:
@@ -55,7 +55,7 @@ def doctor_lines() -> list[str]:
         ("torch.compile", _compile_backend()),
         ("cache", _cache()),
     ]
-    lines = _table(rows)
+    lines = table(rows)
     for device in devices:
         for kind in kinds():
             # What a model is served in: half precision on a GPU.
@@ -72,7 +72,7 @@ def _backend_states(site: Site[Any]) -> list[str]:
     """A heading, and a line for each backend that says whether it runs the plain layer `site`, or why not."""
     states = [(f"  {backend.name}", backend.why_not(site) or "works") for backend in _backends_of(site.kind)]
     heading = f"{site.kind} in {site.dtype} on {site.device}".replace("torch.", "")
-    return [heading, *_table(states or [("  (none)", "")])]
+    return [heading, *table(states or [("  (none)", "")])]
 
 
 def _version(distribution: str) -> str:
@@ -117,9 +117,3 @@ def _cache() -> str:
 
 def _first_line(documented: object) -> str:
     return (inspect.getdoc(documented) or "").partition("\n")[0]
-
-
-def _table(rows: Sequence[Sequence[str]]) -> list[str]:
-    """Rows of cells as lines, columns aligned to the left."""
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    return ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]

@@ -17,7 +17,7 @@ from autodeploy import options
 from autodeploy.app.models import check_tokenizer, find_model, print_progress
 from autodeploy.compiler.apply import Result, apply, resolve_passes
 from autodeploy.compiler.own_passes import own_passes
-from autodeploy.compiler.report import Report, align
+from autodeploy.compiler.report import Report
 from autodeploy.errors import OptionError, UnsupportedFeature
 from autodeploy.graph.edit import Pass
 from autodeploy.inductor.lower import Lowered, lower
@@ -33,6 +33,7 @@ from autodeploy.runtime.prompts import Prompt, check_words, split_prompts
 from autodeploy.runtime.requests import Request, RequestOutput, SamplingParams
 from autodeploy.runtime.stream import Stream, TextStream
 from autodeploy.trace import trace
+from autodeploy.viz.table import table
 
 _DEFAULT_MODEL_LEN = 8192
 # Of the memory that is free once the model is loaded, for caches; the rest of a GPU's is for a step's activations.
@@ -148,7 +149,7 @@ class LLM:
             ("host-to-device bytes", f"{stats.host_to_device_bytes / steps:.0f}"),
             ("host work", f"{stats.host_seconds / steps * 1e6:.0f} us"),
         ]
-        return "\n".join([str(self.report), *align(rows), str(self.timings)])
+        return "\n".join([str(self.report), *table(rows, right=True), str(self.timings)])
 
     def generate(
         self, prompts: Prompt | Sequence[Prompt], params: SamplingParams | None = None, *, chat: bool = True

@@ -18,6 +18,7 @@ from autodeploy.graph.meta import SITE
 from autodeploy.graph.sizes import NO_BYTES, Bytes, bytes_of
 from autodeploy.graph.values import tensors
 from autodeploy.viz import Trace
+from autodeploy.viz.table import table
 
 _SENT = ("tokens", "layout")  # roles of inputs that are new in every step; weights and caches are not
 
@@ -166,9 +167,9 @@ def _pass_table(report: Report) -> list[str]:
         nodes = f"{record.before.nodes} -> {record.after.nodes}"
         metadata = str(record.after.metadata_nodes)
         rows.append((record.name, str(record.matches), nodes, metadata, f"{record.seconds * 1e3:.1f}"))
-    share = f" ({report.seconds / report.trace_seconds:.1%} of tracing)" if report.trace_seconds else ""
-    rows.append(("all passes", "", "", "", f"{report.seconds * 1e3:.1f}{share}"))
-    return align(rows) + [line for record in report.passes for line in _near_miss_lines(record)]
+    rows.append(("all passes", "", "", "", f"{report.seconds * 1e3:.1f}"))
+    share = [f"{report.seconds / report.trace_seconds:.1%} of the time of tracing"] if report.trace_seconds else []
+    return table(rows, right=True) + share + [line for record in report.passes for line in _near_miss_lines(record)]
 
 
 def _near_miss_lines(record: PassRecord) -> list[str]:
@@ -193,7 +194,7 @@ def _ledger_lines(ledger: Ledger) -> list[str]:
     ]
     return [
         f"{ledger.attention_nodes} cached attention nodes",
-        *align(rows),
+        *table(rows, right=True),
         f"bytes written, at any size: {ledger.bytes_shared.expression}",
         f"bytes sent: {ledger.bytes_sent.expression}",
     ]
@@ -204,15 +205,3 @@ def _foreign_ledger_lines(report: Report) -> list[str]:
     ledger = report.ledger
     merged = ledger.nodes_naive - ledger.nodes_shared or sum(record.matches for record in report.passes)
     return [f"layout-only nodes: {ledger.nodes_naive} -> {ledger.nodes_shared}, {merged} duplicates merged"]
-
-
-def align(rows: Sequence[Sequence[str]]) -> list[str]:
-    """Rows of cells as lines: the first column left, the others right."""
-    widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
-    return [
-        "  ".join(
-            cell.ljust(width) if column == 0 else cell.rjust(width)
-            for column, (cell, width) in enumerate(zip(row, widths, strict=True))
-        ).rstrip()
-        for row in rows
-    ]

@@ -30,10 +30,12 @@ class Hashes:
         if held.device.type == "meta" or held.layout != torch.strided:
             return ""
         version = -1 if held.is_inference() else held._version
-        if version < 0 or self._known.get(held, (None, ""))[0] != version:
+        known = self._known.get(held)
+        if known is None or version < 0 or known[0] != version:
             flat = held.detach().cpu().contiguous().reshape(-1)
-            self._known[held] = (version, _text(flat.view(torch.uint8).numpy().data))
-        return self._known[held][1]
+            known = (version, _text(flat.view(torch.uint8).numpy().data))
+            self._known[held] = known
+        return known[1]
 
 
 def _text(data: bytes | memoryview) -> str:

@@ -2,27 +2,29 @@
 
 from __future__ import annotations
 
-import shutil
 from typing import TYPE_CHECKING, TextIO
+
+from rich.console import Console
+from rich.text import Text
 
 from autodeploy import options
 from autodeploy.viz.classify import PAIRED
 from autodeploy.viz.fold import GLYPHS, Block, Line
+from autodeploy.viz.table import table
 
 if TYPE_CHECKING:
     from autodeploy.viz.classify import Entry
     from autodeploy.viz.difference import Difference
     from autodeploy.viz.story import Cost, Story
 
-_COLORS = {"-": "31", "+": "32", "~": "33", ">": "36", "=": "35", "@": "1"}
+_STYLES = {"-": "red", "+": "green", "~": "yellow", ">": "cyan", "<": "blue", "=": "magenta", "@": "bold"}
 _SHOWN_MODULES = 6
 
 
-def render(diff: Difference, width: int | None = None, *, color: bool = False) -> str:
-    """Summary, metadata story and unified lines; lines longer than `width` columns are cut, if it is given."""
+def render(diff: Difference) -> str:
+    """Summary, metadata story and unified lines."""
     parts = [summary(diff), *([story(diff.story)] if diff.story else []), unified(diff)]
-    lines = "\n\n".join(part for part in parts if part).splitlines()
-    return "\n".join(_painted(_cut(line, width), color) for line in lines)
+    return "\n\n".join(part for part in parts if part)
 
 
 def print_diff(diff: Difference, file: TextIO) -> None:
@@ -30,8 +32,10 @@ def print_diff(diff: Difference, file: TextIO) -> None:
     if not file.isatty():
         print(render(diff), file=file)
         return
-    width = shutil.get_terminal_size().columns
-    print(render(diff, width, color=options.from_environment().color), file=file)
+    console = Console(file=file, no_color=not options.from_environment().color, highlight=False)
+    for line in render(diff).splitlines():
+        style = _STYLES.get(line.lstrip()[:1], "")
+        console.print(Text(line, style), no_wrap=True, overflow="ellipsis")
 
 
 def summary(diff: Difference) -> str:
@@ -90,10 +94,10 @@ def story(told: Story) -> str:
         readers = ", ".join(f"{number} x {op}" for op, number in field.readers.items())
         name = field.name if field.op in field.name else f"{field.name} ({field.op})"
         rows.append([name, field.value, readers or "(nobody)"])
-    lines += _table(rows)
+    lines += table(rows, indent=2)
     rows = [["per step", "before", "after"]]
     rows += [[name, _cost(told.before, name), _cost(told.after, name)] for name in _LEDGER]
-    return "\n".join(lines + _table(rows))
+    return "\n".join(lines + table(rows, indent=2))
 
 
 def headline(told: Story) -> str:
@@ -107,11 +111,6 @@ _LEDGER = ("nodes", "launches", "copies", "bytes")
 def _cost(cost: Cost, name: str) -> str:
     unsized = f" + {cost.unsized} of unknown shape" if name == "bytes" and cost.unsized else ""
     return f"{getattr(cost, name)}{unsized}"
-
-
-def _table(rows: list[list[str]]) -> list[str]:
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    return ["  " + "  ".join(map(str.ljust, row, widths)).rstrip() for row in rows]
 
 
 def unified(diff: Difference) -> str:
@@ -139,12 +138,3 @@ def _nodes(diff: Difference, entry: Entry) -> list[str]:
         return [*lines, f"    {details}"]
     into = [f"    {change}" for change in entry.changes]
     return [f"- {line}" for line in ones] + [f"+ {line}" for line in others] + into
-
-
-def _cut(line: str, width: int | None) -> str:
-    return line if width is None or len(line) <= width else line[: max(0, width - 3)] + "..."
-
-
-def _painted(line: str, color: bool) -> str:
-    code = _COLORS.get(line.lstrip()[:1])
-    return f"\033[{code}m{line}\033[0m" if color and code else line
