@@ -19,13 +19,13 @@ import torch
 from machine import describe_machine
 from torch import fx
 
-from autodeploy.compiler.report import align
 from autodeploy.graph.meta import MODULE_STACK
 from autodeploy.viz.classify import classify
 from autodeploy.viz.diff import GraphDiff
 from autodeploy.viz.infer import infer_fates
 from autodeploy.viz.match import match
 from autodeploy.viz.snapshot import Snapshot
+from autodeploy.viz.table import table as align
 
 T = TypeVar("T")
 aten = torch.ops.aten
@@ -41,7 +41,7 @@ def main() -> None:
     _measure(100)  # imports
     measured = [_measure(nodes) for nodes in args.nodes]
     columns = list(measured[0])
-    print("\n".join(align([columns, *([f"{row[name]:.4g}" for name in columns] for row in measured)])))
+    print("\n".join(align([columns, *([f"{row[name]:.4g}" for name in columns] for row in measured)], right=True)))
     args.output.parent.mkdir(parents=True, exist_ok=True)
     args.output.write_text(json.dumps({"machine": describe_machine(), "graphs": measured}, indent=1) + "\n")
 

@@ -28,7 +28,7 @@ from transformers import GenerationConfig, PreTrainedModel
 
 import autodeploy as ad
 from autodeploy import options
-from autodeploy.compiler.report import align
+from autodeploy.viz.table import table as align
 
 PROMPT, NEW = 128, 64
 Contender = Callable[[torch.Tensor, int], None]
@@ -65,7 +65,7 @@ def main() -> None:
     }
     results["batches"] = [_measure(contenders, compiled, count, args.repeats) for count in args.sequences]
     results["first_token"] = _first_token()
-    print("\n".join(align(_table(results))))
+    print("\n".join(align(_table(results), right=True)))
     print(json.dumps(results["limit"]), json.dumps(results["first_token"]), sep="\n")
     args.output.parent.mkdir(parents=True, exist_ok=True)
     args.output.write_text(json.dumps(results, indent=1) + "\n")

@@ -24,7 +24,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from autodeploy.kernels.triton_linear import Config, launch
-from autodeploy.viz.table import table as lines_of
+from autodeploy.viz.table import table as align
 
 # Name: output features of each layer, input features.
 SHAPES: dict[str, tuple[tuple[int, ...], int]] = {
@@ -83,7 +83,7 @@ def print_table(results: dict[str, Any]) -> None:
         three = ", ".join(f"{config} {us:.1f}" for config, us in best)
         times = (f"{cublas:.1f}", f"{per_us / cublas:.2f}", f"{ours:.1f}", f"{per_us / ours:.2f}")
         table.append((row["layers"], str(row["rows"]), *times, f"{row['chosen_us']:.1f}", three))
-    print("\n".join(lines_of(table, right=True)))
+    print("\n".join(align(table, right=True)))
     print(f"copying memory: {results['copy_tb_per_s']:.2f} TB/s")
     for num_rows in ROWS:
         print_step([row for row in results["rows"] if row["rows"] == num_rows], results["copy_tb_per_s"])

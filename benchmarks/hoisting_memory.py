@@ -28,8 +28,8 @@ from torch.nn.functional import scaled_dot_product_attention, silu
 from torch.profiler import ProfilerActivity, profile
 from workers import serve, started
 
-from autodeploy.compiler.report import align
 from autodeploy.graph import memory
+from autodeploy.viz.table import table as align
 
 BASE, OURS, UNBOUNDED = "inductor", "autodeploy", "no bound"
 NUM_BIASES = {"one": 1, "two": 2, "each": 6}
@@ -52,7 +52,7 @@ def main() -> None:
     rows = [
         _row(case, attention, length) for length in args.lengths for attention in args.attention for case in args.cases
     ]
-    print("\n".join(align(_table(rows))))
+    print("\n".join(align(_table(rows), right=True)))
     args.output.parent.mkdir(parents=True, exist_ok=True)
     results = {"machine": describe_machine(), "allowed_rise": memory.PEAK_SHARE, "rows": rows}
     args.output.write_text(json.dumps(results, indent=1) + "\n")

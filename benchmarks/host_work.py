@@ -25,12 +25,12 @@ from typing import Any
 
 import torch
 
-from autodeploy.compiler.report import align
 from autodeploy.metadata.layout import LayoutSpec
 from autodeploy.metadata.span import Full, Window
 from autodeploy.ops.cache import Paged
 from autodeploy.runtime.engine import Engine
 from autodeploy.runtime.requests import SamplingParams
+from autodeploy.viz.table import table as align
 
 ROOT = Path(__file__).parents[1]
 PAGE_SIZE, WINDOW, MAX_MODEL_LEN = 16, 64, 8192
@@ -55,7 +55,7 @@ def main() -> None:
             subprocess.run(["tar", "-x", "-C", folder], input=archive, check=True)
             roots["before"] = Path(folder)
         batches = [{"sequences": count, **_turns(roots, count, args.device)} for count in args.sequences]
-    print("\n".join(align(_table(batches))))
+    print("\n".join(align(_table(batches), right=True)))
     from machine import describe_machine
 
     results = {

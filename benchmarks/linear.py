@@ -17,8 +17,8 @@ import torch
 from machine import describe_machine
 from torch.nn import functional as F
 
-from autodeploy.compiler.report import align
 from autodeploy.ops.linear import linear
+from autodeploy.viz.table import table as align
 
 _LAYER = [(576, 576), (192, 576), (192, 576), (576, 576), (1536, 576), (1536, 576), (576, 1536)]
 
@@ -36,7 +36,7 @@ def main() -> None:
     args.output.write_text(json.dumps(results, indent=1) + "\n")
     table = [("rows", "torch ms", "ours ms", "torch / ours")]
     table += [(str(r["rows"]), f"{r['torch_ms']:.1f}", f"{r['ours_ms']:.1f}", f"{r['ratio']:.2f}") for r in rows]
-    print("\n".join(align(table)), f"\nreading the weights once: {limit:.1f} ms")
+    print("\n".join(align(table, right=True)), f"\nreading the weights once: {limit:.1f} ms")
 
 
 def measure(weights: list[torch.Tensor], num_rows: int) -> dict[str, float]:

@@ -28,7 +28,7 @@ from autodeploy.compiler.apply import Result, resolve_passes
 from autodeploy.inductor.lower import lower
 from autodeploy.metadata.nest import nest_sequences
 from autodeploy.runtime.caches import allocate_caches
-from autodeploy.viz.table import table as lines_of
+from autodeploy.viz.table import table as align
 
 NAIVE, SHARED = "naive", "shared"
 _SHARING = ("share_metadata", "lower_fields")
@@ -51,7 +51,7 @@ def main() -> None:
             print(f"{model_type} with {layers} layers", file=sys.stderr, flush=True)
             with started((model_type, layers, NAIVE), (model_type, layers, SHARED)) as workers:
                 rows.append({"model_type": model_type, "layers": layers} | compare((NAIVE, SHARED), *workers))
-    print("\n".join(lines_of(_table(rows), right=True)))
+    print("\n".join(align(_table(rows), right=True)))
     args.output.parent.mkdir(parents=True, exist_ok=True)
     args.output.write_text(json.dumps({"machine": describe_machine(), "rows": rows}, indent=1) + "\n")
 

@@ -23,7 +23,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 import autodeploy as ad
 from autodeploy.graph.edit import PREPARE
-from autodeploy.viz.table import table as lines_of
+from autodeploy.viz.table import table as align
 
 _WIDTH: dict[str, Any] = {
     "vocab_size": 128,
@@ -47,7 +47,7 @@ def main() -> None:
     _measure("llama", 2)  # the first trace and the first run of each pass import what they need
     cases = [("llama", layers) for layers in args.layers] + [("gemma3_text", 4), ("gemma3_text", 40)]
     measured = [_measure(*case) for case in cases]
-    print("\n".join(lines_of(_table(measured), right=True)))
+    print("\n".join(align(_table(measured), right=True)))
     args.output.parent.mkdir(parents=True, exist_ok=True)
     args.output.write_text(json.dumps({"machine": describe_machine(), "models": measured}, indent=1) + "\n")
 

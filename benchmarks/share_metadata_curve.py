@@ -32,9 +32,9 @@ from torch.fx.experimental.proxy_tensor import make_fx
 from torch.nn.functional import scaled_dot_product_attention, silu
 
 from autodeploy.compiler import pipeline
-from autodeploy.compiler.report import align
 from autodeploy.graph.edit import copy_module
 from autodeploy.graph.meta import DESCRIPTION, ROLE
+from autodeploy.viz.table import table as align
 from passes import ShareMetadata
 
 _PICTURE = Path(__file__).parents[1] / "docs" / "share_metadata_curve.svg"
@@ -56,7 +56,7 @@ def main() -> None:
         return
     points = [_point("synthetic", synthetic(nodes)) for nodes in args.nodes]
     points += [_point(f"gemma3_text, {layers} layers", real(layers)) for layers in args.layers]
-    print("\n".join(align(_table(points))))
+    print("\n".join(align(_table(points), right=True)))
     args.output.parent.mkdir(parents=True, exist_ok=True)
     args.output.write_text(json.dumps({"machine": describe_machine(), "points": points}, indent=1) + "\n")
     args.picture.write_text("\n".join(_draw(points)) + "\n")
