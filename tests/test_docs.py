@@ -110,8 +110,13 @@ def test_measured_is_up_to_date() -> None:
     assert script["PAGE"].read_text() == script["write"]()
 
 
+def test_reference_has_every_public_name() -> None:
+    text = (DOCS / "reference" / "python.md").read_text()
+    assert set(re.findall(r"^::: autodeploy\.(?:trace\.)?(\w+)$", text, flags=re.MULTILINE)) == {*ad.__all__, "errors"}
+
+
 def test_decisions_have_an_index() -> None:
-    """In the order of the headings, as `- [title](#anchor)`."""
+    """On top of the page, in the order of the headings: `- [title](#anchor)`."""
     text = (DOCS / "decisions.md").read_text()
     titles = re.findall(r"^## (.*)$", text, flags=re.MULTILINE)
     assert re.findall(r"^- \[(.*)\]\(#", text, flags=re.MULTILINE) == titles
