@@ -25,6 +25,7 @@ from torch import Tensor
 from torch.nn.attention.flex_attention import BlockMask, flex_attention
 
 from autodeploy.kernels.registry import backends
+from autodeploy.metadata.layout import NUM_FIXED_COLUMNS
 from autodeploy.ops.kinds.attention import AttentionFacts
 from autodeploy.ops.site import Site
 
@@ -47,14 +48,14 @@ def make_layout(num_seqs: int, seq_len: int, query_len: int) -> Tensor:
     """Sequences of one length over shuffled pages."""
     pages = -(-seq_len // PAGE_SIZE)
     table = (torch.randperm(num_seqs * pages, dtype=torch.int32) + 1).view(num_seqs, pages)
-    lengths = torch.tensor([query_len, seq_len - query_len, 0], dtype=torch.int32).expand(num_seqs, 3)
+    lengths = torch.tensor([query_len, seq_len - query_len, 0, 1], dtype=torch.int32).expand(num_seqs, -1)
     return torch.cat([lengths, table], dim=1)
 
 
 def backend_step(name: str, layout: Tensor, num_tokens: int) -> Callable[[], Tensor]:
     """One call of the cached op, its metadata made beforehand as prepare_metadata does for all layers."""
     backend = next(b for b in backends() if b.name == name and b.kind == "attention")
-    num_pages = int(layout[:, 3:].max()) + 1
+    num_pages = int(layout[:, NUM_FIXED_COLUMNS:].max()) + 1
     caches = tuple(torch.randn(num_pages, PAGE_SIZE, *spec.shape) for spec in backend.caches(SITE))
     query, key, value = (
         torch.randn(1, num_tokens, n, HEAD_DIM).transpose(1, 2) for n in (NUM_HEADS, *[NUM_KV_HEADS] * 2)
@@ -66,7 +67,7 @@ def backend_step(name: str, layout: Tensor, num_tokens: int) -> Callable[[], Ten
 def flex_step(layout: Tensor, query_len: int) -> Callable[[], Tensor]:
     """Compiled flex_attention over the pages in place; without the write of new tokens, which is in its favour."""
     num_seqs = len(layout)
-    table = layout[:, 3:]
+    table = layout[:, NUM_FIXED_COLUMNS:]
     num_pages = int(table.max()) + 1
     key, value = (torch.randn(1, NUM_KV_HEADS, num_pages * PAGE_SIZE, HEAD_DIM) for _ in range(2))
     query = torch.randn(num_seqs, query_len, NUM_HEADS, HEAD_DIM).transpose(1, 2)

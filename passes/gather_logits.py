@@ -1,4 +1,4 @@
-"""Compute logits only for the rows somebody will sample: the last token of each sequence.
+"""Compute logits only for the rows somebody wants: the last `num_logits` tokens of each sequence.
 
 Before:                                     After:
     logits = linear(hidden, lm_head)            rows = index_select(hidden, 1, logits_indices(layout))
@@ -32,7 +32,7 @@ _SELECT = _aten.index_select.default
 
 @dataclass(frozen=True)
 class GatherLogits:
-    """Select the sampled rows as early as every op between there and the output treats rows alone."""
+    """Select the wanted rows as early as every op between there and the output treats rows alone."""
 
     name: str = "gather_logits"
     may_round: ClassVar[bool] = True

@@ -6,7 +6,7 @@ import torch
 from spans import FULL, first
 from torch import Tensor
 
-from autodeploy.metadata.layout import CONTEXT_LEN, NUM_FIXED_COLUMNS, QUERY_LEN, STATE_SLOT, LayoutSpec
+from autodeploy.metadata.layout import CONTEXT_LEN, NUM_FIXED_COLUMNS, NUM_LOGITS, QUERY_LEN, STATE_SLOT, LayoutSpec
 from autodeploy.metadata.span import Span, Window
 from autodeploy.ops.cache import Paged, State
 from autodeploy.runtime.engine import Engine
@@ -63,35 +63,42 @@ class HashModel:
         assert input_ids.dtype is layout.dtype is torch.int32
         self.sizes.append((len(input_ids), len(layout)))
         logits = torch.zeros(len(layout), VOCABULARY)
-        stream, start = input_ids.tolist(), 0
-        for index, row in enumerate(layout.tolist()):
+        stream, start, place = input_ids.tolist(), 0, 0
+        for row in layout.tolist():
             new = stream[start : start + row[QUERY_LEN]]
             start += row[QUERY_LEN]
             if new:
-                logits[index, self._advance(row, new, tokens.view(-1), hidden.view(-1), state.view(-1))] = 1
-                self._spoil(logits[index], new)
+                best = self._advance(row, new, tokens.view(-1), hidden.view(-1), state.view(-1))
+                for index in range(len(new) - row[NUM_LOGITS], len(new)):
+                    logits[place, best[index]] = 1
+                    self._spoil(logits[place], new[index])
+                    place += 1
         if len(self.sizes) == self.fail_at or RAISES in stream:
             raise StepFailed("no such row")
         return logits
 
-    def _spoil(self, logits: Tensor, new: list[int]) -> None:
-        if new[-1] == NAN:
+    def _spoil(self, logits: Tensor, token: int) -> None:
+        if token == NAN:
             logits[7] = torch.nan
-        elif new[-1] in (MINUS_INFINITY, INFINITY):
-            logits[:] = -torch.inf if new[-1] == MINUS_INFINITY else torch.inf
+        elif token in (MINUS_INFINITY, INFINITY):
+            logits[:] = -torch.inf if token == MINUS_INFINITY else torch.inf
 
-    def _advance(self, row: list[int], new: list[int], tokens: Tensor, hidden: Tensor, state: Tensor) -> int:
+    def _advance(self, row: list[int], new: list[int], tokens: Tensor, hidden: Tensor, state: Tensor) -> list[int]:
+        """The best token behind each new one."""
         pages = (len(row) - NUM_FIXED_COLUMNS) // 2
         full, sliding = row[NUM_FIXED_COLUMNS:][:pages], row[NUM_FIXED_COLUMNS:][pages:]
         cached, slot = row[CONTEXT_LEN], row[STATE_SLOT]
-        state[slot] = mix(new, int(state[slot]) if cached else 1)
+        states = [mix(new[: count + 1], int(state[slot]) if cached else 1) for count in range(len(new))]
+        state[slot] = states[-1]
         for position, token in enumerate(new, cached):
             tokens[self._slots(sliding, position, position + 1)] = token
         for position in range(cached, cached + len(new)):
             seen = tokens[self._slots(sliding, first(self.span, position), position + 1)]
             hidden[self._slots(full, position, position + 1)] = mix(seen.tolist())
-        everything = hidden[self._slots(full, 0, cached + len(new))]
-        return mix([mix(everything.tolist()), int(state[slot])]) % VOCABULARY
+        everything = hidden[self._slots(full, 0, cached + len(new))].tolist()
+        return [
+            mix([mix(everything[: cached + count]), each]) % VOCABULARY for count, each in enumerate(states, start=1)
+        ]
 
     def _slots(self, table: list[int], first: int, end: int) -> list[int]:
         size = self.spec.page_size

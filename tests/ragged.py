@@ -17,6 +17,7 @@ class Row:
     context_len: int
     state_slot: int
     tables: tuple[tuple[int, ...], ...]
+    num_logits: int = 0
 
     @property
     def seq_len(self) -> int:
@@ -43,7 +44,7 @@ class Batch:
         for row in self.rows:
             tables = [[*table, *[0] * (self.pages_per_sequence - len(table))] for table in row.tables]
             pages = [page for table in tables for page in table]
-            rows.append([row.query_len, row.context_len, row.state_slot, *pages])
+            rows.append([row.query_len, row.context_len, row.state_slot, row.num_logits, *pages])
         return torch.tensor(rows, dtype=torch.int32)
 
 
@@ -56,16 +57,23 @@ def make_batch(
     padding_tokens: int = 0,
     spare_pages: int = 0,
     seed: int = 0,
+    num_logits: list[int] | None = None,
 ) -> Batch:
-    """A batch of (query_len, context_len), with shuffled pages that no two rows share."""
+    """A batch of (query_len, context_len), with shuffled pages that no two rows share.
+
+    `num_logits` is by default 1 of each row with tokens; padding rows are added for more.
+    """
+    wanted = [min(1, query) for query, _ in lengths] if num_logits is None else num_logits
+    padding_rows = max(padding_rows, sum(wanted) - len(lengths))
     shuffled = random.Random(seed)
     counts = [-(-(query + context) // page_size) for query, context in lengths]
     num_pages = 1 + sum(counts) + 2
     slots = shuffled.sample(range(1, len(lengths) + 2), len(lengths))
     pools = [shuffled.sample(range(1, num_pages), num_pages - 1) for _ in range(num_groups)]
     rows = []
-    for (query, context), count, slot in zip(lengths, counts, slots, strict=True):
-        rows.append(Row(query, context, slot, tuple(tuple(pool.pop() for _ in range(count)) for pool in pools)))
+    for (query, context), count, slot, logits in zip(lengths, counts, slots, wanted, strict=True):
+        tables = tuple(tuple(pool.pop() for _ in range(count)) for pool in pools)
+        rows.append(Row(query, context, slot, tables, logits))
     rows += [Row(0, 0, 0, ((),) * num_groups)] * padding_rows
     return Batch(
         rows=tuple(rows),

@@ -38,9 +38,9 @@ class Affine:
 
 def captured_affine(rows: int) -> tuple[CapturedStep, Affine, Nested, Tensor]:
     cache, step = torch.zeros(4), Affine()
-    staging = Staging(Link(torch.device("cpu")), 8, 8, 4)
+    staging = Staging(Link(torch.device("cpu")), 8, 8, NUM_FIXED_COLUMNS + 1)
     captured = CapturedStep(step, staging, [cache], 8, OpGraphs())
-    return captured, step, staging.arenas[staging.graph_arena()].view(rows, rows, 4), cache
+    return captured, step, staging.arenas[staging.graph_arena()].view(rows, rows, NUM_FIXED_COLUMNS + 1), cache
 
 
 def test_a_replay_copies_the_arena_and_runs_no_python() -> None:

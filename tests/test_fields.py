@@ -110,7 +110,9 @@ def has_initial_state(batch: Batch) -> list:
 
 @oracle
 def logits_indices(batch: Batch) -> list:
-    return [max(0, end - 1) for end in starts(batch)[1:]]
+    ends = zip(batch.rows, starts(batch)[1:], strict=True)
+    wanted = [token for row, end in ends for token in range(end - row.num_logits, end)]
+    return wanted + [max(0, batch.total - 1)] * (len(batch.rows) - len(wanted))
 
 
 @oracle
@@ -252,15 +254,16 @@ def seen_page_indices(batch: Batch, group: int, span: str) -> list:
 
 @st.composite
 def batches(draw: st.DrawFn) -> Batch:
-    length = st.tuples(st.integers(0, 9), st.integers(0, 20))
+    lengths = draw(st.lists(st.tuples(st.integers(0, 9), st.integers(0, 20)), min_size=1, max_size=6))
     return make_batch(
-        draw(st.lists(length, min_size=1, max_size=5)),
+        lengths,
         page_size=draw(st.sampled_from([1, 4, 16])),
         num_groups=draw(st.integers(1, 3)),
         padding_rows=draw(st.integers(0, 2)),
         padding_tokens=draw(st.integers(0, 3)),
         spare_pages=draw(st.integers(0, 2)),
         seed=draw(st.integers(0, 99)),
+        num_logits=[draw(st.integers(0, query)) for query, _ in lengths],
     )
 
 
@@ -319,7 +322,8 @@ def test_fields_compile() -> None:
 
     compiled = torch.compile(everything, fullgraph=True, dynamic=True)
     for lengths in ([(3, 0), (1, 9), (2, 5)], [(1, 4), (1, 8), (1, 30), (1, 2), (7, 1)]):
-        batch = make_batch(lengths, num_groups=2, padding_rows=1, padding_tokens=2)
+        wanted = [query for query, _ in lengths]
+        batch = make_batch(lengths, num_groups=2, padding_rows=1, padding_tokens=2, num_logits=wanted)
         expected = everything(batch.layout(), batch.num_tokens)
         for entry, got, want in zip(parameters, compiled(batch.layout(), batch.num_tokens), expected, strict=True):
             assert torch.equal(got, want), entry.name

@@ -12,7 +12,7 @@ from spans import FULL, SPANS
 
 from autodeploy.errors import LayoutError
 from autodeploy.kernels.registry import field_named
-from autodeploy.metadata.layout import LayoutSpec
+from autodeploy.metadata.layout import NUM_FIXED_COLUMNS, LayoutSpec
 from autodeploy.metadata.nest import Arena, nest_sequences
 from autodeploy.metadata.span import Window
 
@@ -46,6 +46,7 @@ def batches(draw: st.DrawFn) -> tuple[LayoutSpec, dict]:
         "state_slots": rng.permutation(np.arange(1, len(query) + 1)).astype(np.int32),
         "num_pages": (num_pages,) * len(of_groups),
         "num_state_slots": len(query) + 1,
+        "num_logits": None if draw(st.booleans()) else [draw(st.integers(0, int(new))) for new in query],
         "pages_per_sequence": width + draw(st.integers(0, 2)),
         "pad_tokens": draw(st.integers(0, 70)),
         "pad_sequences": draw(st.integers(1, 8)),
@@ -56,7 +57,8 @@ def batches(draw: st.DrawFn) -> tuple[LayoutSpec, dict]:
 def naive_fields(spec: LayoutSpec, batch: dict) -> dict[str, list]:
     """Every field the hard way; padding as the catalogue says."""
     query, context = batch["query_lens"].tolist(), batch["context_lens"].tolist()
-    num_sequences = max(len(query), batch["pad_sequences"])
+    logits = [1] * len(query) if batch["num_logits"] is None else batch["num_logits"]
+    num_sequences = max(len(query), batch["pad_sequences"], sum(logits))
     num_tokens = max(sum(query), batch["pad_tokens"])
     starts, positions, rows = [0], [], []
     for row, (new, cached) in enumerate(zip(query, context, strict=True)):
@@ -77,6 +79,8 @@ def naive_fields(spec: LayoutSpec, batch: dict) -> dict[str, list]:
         "state_slots": batch["state_slots"].tolist() + [0] * pad_rows,
         "has_initial_state": [c > 0 for c in context] + [False] * pad_rows,
     }
+    wanted = [token for start, n in zip(starts[1:], logits, strict=True) for token in range(start - n, start)]
+    expected["logits_indices"] = wanted + [max(0, starts[-1] - 1)] * (num_sequences - len(wanted))
     expected |= {f"slot_mapping_{group}": slot + [0] * pad_tokens for group, slot in slots.items()}
     return expected
 
@@ -106,7 +110,7 @@ def test_fields_of_a_nested_batch_equal_the_naive_loops(case: tuple[LayoutSpec, 
 def test_unused_entries_and_padding_rows_name_only_scratch(case: tuple[LayoutSpec, dict]) -> None:
     spec, batch = case
     num_sequences = len(batch["query_lens"])
-    size = 200 + 8 * spec.num_columns(batch["pages_per_sequence"])
+    size = 200 + 60 * spec.num_columns(batch["pages_per_sequence"])
     nested = nest_sequences(**batch, spec=spec, arena=Arena(torch.full((size,), 99, dtype=torch.int32)))
     assert not nested.layout[num_sequences:].any()
     for group, span in enumerate(spec.spans):
@@ -162,7 +166,11 @@ def table_with(group: int, row: int, entry: int, page: int) -> np.ndarray:
         ({"state_slots": [1, 3]}, r"state slot 3 is outside 1\.\.2\n.*sequence 1"),
         ({"state_slots": [0, 1]}, r"state slot 0 is outside 1\.\.2\n.*sequence 0"),
         ({"state_slots": [2, 2]}, r"state slot 2 is shared"),
-        ({"pad_tokens": 100}, r"100 tokens and 2 rows of 9 need 118 int32, the arena has 50"),
+        ({"num_logits": [1, 2]}, r"num_logits is 2 for 1 new tokens\n.*sequence 1"),
+        ({"num_logits": [-1, 1]}, r"num_logits is -1 for 1 new tokens\n.*sequence 0"),
+        ({"num_logits": [1]}, r"num_logits has shape \(1,\) for 2 sequences"),
+        ({"num_logits": [1.0, 1.0]}, "num_logits is float64"),
+        ({"pad_tokens": 100}, r"100 tokens and 2 rows of 10 need 120 int32, the arena has 50"),
     ],
 )
 def test_an_invalid_batch_is_refused_and_nothing_is_written(change: dict, message: str) -> None:
@@ -174,7 +182,7 @@ def test_an_invalid_batch_is_refused_and_nothing_is_written(change: dict, messag
 
 def test_a_page_that_nobody_writes_may_be_shared() -> None:
     nested = nest_sequences(**(decode_batch() | {"block_tables": table_with(0, 1, 0, 1)}), spec=SPEC)
-    assert nested.layout[:, 3].tolist() == [1, 1]
+    assert nested.layout[:, NUM_FIXED_COLUMNS].tolist() == [1, 1]
 
 
 def test_an_arena_must_be_int32() -> None:

@@ -47,6 +47,7 @@ def check_each_step(engine: Engine) -> list[bool]:
             engine._spec,
             num_pages=[pool.num_pages for pool in tables.pools],
             num_state_slots=tables.tables.shape[1] + 1,
+            num_logits=batch.num_logits,
             pad_tokens=sizes.num_tokens,
             pad_sequences=sizes.num_sequences,
             pages_per_sequence=sizes.pages_per_sequence,

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import numpy as np
 import pytest
 import torch
-from tiny_models import MODEL_TYPES
+from tiny_models import MODEL_TYPES, tiny
 from traces import apply, before, count, text
 
+import autodeploy as ad
 from autodeploy.graph.edit import take_near_misses
 from autodeploy.graph.values import record_values
 from autodeploy.metadata import fields
+from autodeploy.ops.cache import PoolSizes
 from passes import GatherLogits
 
 aten = torch.ops.aten
@@ -54,3 +57,28 @@ def test_padded_inputs_are_a_near_miss() -> None:
     assert GatherLogits().apply(gm) == 0
     assert [reason for _, reason in take_near_misses(gm)] == ["the graph has no packed inputs; nest_inputs comes first"]
     assert text(gm) == graph
+
+
+@torch.no_grad()
+def test_each_sequence_has_as_many_logits_as_it_wants() -> None:
+    model = tiny("llama")
+    result = ad.apply(ad.trace(model), page_size=4)
+    assert result.layout_spec is not None
+    prompts, wanted = [[5, 6, 7, 8, 9], [4, 3, 2], [11, 12]], [4, 0, 1]
+    nested = ad.nest_sequences(
+        [token for prompt in prompts for token in prompt],
+        [len(prompt) for prompt in prompts],
+        [0] * 3,
+        np.arange(1, 7).reshape(1, 3, 2),
+        [0] * 3,
+        result.layout_spec,
+        num_pages=[7],
+        num_state_slots=1,
+        num_logits=wanted,
+    )
+    assert len(nested.layout) == sum(wanted), "two rows of padding"
+    caches = [torch.zeros(each.whole(PoolSizes((7,), 4, 1))) for each in result.cache_specs]
+    logits = result.module(nested.input_ids, nested.layout, *caches)
+    whole = [model(input_ids=torch.tensor([prompt]), use_cache=False).logits[0] for prompt in prompts]
+    expected = [rows[len(rows) - count :] for rows, count in zip(whole, wanted, strict=True)]
+    torch.testing.assert_close(logits, torch.cat(expected))

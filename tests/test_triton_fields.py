@@ -18,7 +18,6 @@ from ragged import make_batch
 from torch import Tensor, fx
 from torch._inductor.utils import run_and_get_code
 
-from autodeploy.kernels import reference as reference
 from autodeploy.kernels.field_arena import _VIEWS_BOOLEANS, LAUNCHER, choose_blocks
 from autodeploy.kernels.registry import catalogue, field_named
 from autodeploy.metadata import fields
@@ -69,23 +68,28 @@ def random_layout(seed: int, rows: int, tokens: int, groups: int, pages: int, pa
     ]
     query_S = torch.where(query_S.cumsum(0) <= tokens, query_S, 0)
     context_S = (draw(pages * page_size) - query_S).clamp(min=0)
+    # Of so many as there are rows, all of a token at least want their logits.
+    logits_S = torch.minimum(query_S, torch.ones(rows) + draw(9) * (draw(7) == 0))
+    logits_S = torch.where(logits_S.cumsum(0) <= rows, logits_S, 0)
     padding = torch.arange(rows) >= rows - rows // 8
     table = torch.randint(1, 1 << 20, (rows, groups * pages), generator=generator, dtype=torch.int32)
-    fixed = torch.stack([query_S, context_S, draw(rows)], dim=1).int()
+    fixed = torch.stack([query_S, context_S, draw(rows), logits_S], dim=1).int()
     return torch.where(padding[:, None], 0, torch.cat([fixed, table], dim=1))
 
 
 @st.composite
 def cases(draw: st.DrawFn) -> tuple[Tensor, int, list[FieldRequest]]:
     page_size, num_groups = draw(st.sampled_from([1, 3, 16, 256])), draw(st.integers(1, 8))
+    lengths = draw(st.lists(st.tuples(st.integers(0, 9), st.integers(0, 20)), min_size=1, max_size=6))
     batch = make_batch(
-        draw(st.lists(st.tuples(st.integers(0, 9), st.integers(0, 20)), min_size=1, max_size=6)),
+        lengths,
         page_size=page_size,
         num_groups=num_groups,
         padding_rows=draw(st.integers(0, 2)),
         padding_tokens=draw(st.integers(0, 9)),
         spare_pages=draw(st.integers(0, 2)),
         seed=draw(st.integers(0, 99)),
+        num_logits=[draw(st.integers(0, query)) for query, _ in lengths],
     )
     known = every_request(num_groups, (page_size, 2 * page_size), (1, 4, 16))
     wanted = draw(st.lists(st.sampled_from(known), min_size=1, unique=True))
@@ -103,6 +107,7 @@ BORDERS = {
     "one token": ([(1, 0)], {}),
     "nobody": ([(0, 0)], {}),
     "all padding": ([(0, 0)] * 3, {"padding_tokens": 9}),
+    "all of its logits": ([(9, 4), (1, 7), (3, 0)], {"num_logits": [9, 0, 2], "padding_rows": 12}),
     "padding": ([(3, 0), (1, 7)], {"padding_rows": 3, "padding_tokens": 5}),
     "decode of more rows than are looked at once": ([(1, row % 9) for row in range(65)], {}),
     "pages of one token, eight groups": ([(2, 3), (0, 4), (9, 0)], {"page_size": 1, "num_groups": 8}),
@@ -161,9 +166,11 @@ def test_compiled_code_reads_the_arena_in_place(triton_device: torch.device) -> 
 
     def step(layout: Tensor, hidden: Tensor, key_cache: Tensor, value_cache: Tensor) -> Tensor:
         slots, starts, lens, is_token = LAUNCHER.launch(layout, hidden.shape[2], wanted)
+        for cache in (key_cache, value_cache):
+            torch.ops.autodeploy.reference_append(hidden, cache, slots)
         table = fields.block_table(layout, 0, 1)
         out = torch.ops.autodeploy.reference_paged_attention(
-            hidden, hidden, hidden, None, key_cache, value_cache, slots, table, lens, starts, scale=1.0
+            hidden, None, key_cache, value_cache, table, lens, starts, scale=1.0
         )
         return torch.where(is_token[:, None, None], out, 0)
 

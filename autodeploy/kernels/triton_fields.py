@@ -1,8 +1,8 @@
 """All fields of a prepare_metadata on a GPU by one launch, into one arena.
 
 The arena is int32 words. Its fields lie in *sections* of fields that belong to the same places: tokens, rows, query
-tiles or page entries. A program computes some places of one section and writes all its fields there. No program waits
-for another: each derives the sums that it needs from the S query lengths, which are short.
+tiles, page entries or rows of logits. A program computes some places of one section and writes all its fields there. No
+program waits for another: each derives the sums that it needs from the S query lengths, which are short.
 
 Shapes: S sequences, T packed tokens (padding included), P pages per sequence, G KV groups, N places of one program,
 R rows that are looked at together.
@@ -20,6 +20,7 @@ from autodeploy.metadata import layout as columns
 
 _QUERY_LEN = tl.constexpr(columns.QUERY_LEN)
 _CONTEXT_LEN = tl.constexpr(columns.CONTEXT_LEN)
+_NUM_LOGITS = tl.constexpr(columns.NUM_LOGITS)
 _TABLES = tl.constexpr(columns.NUM_FIXED_COLUMNS)
 
 
@@ -40,6 +41,8 @@ def num_places(AXIS: tl.constexpr, PARAMETERS: tl.constexpr, num_rows, num_token
         return num_rows + 1
     elif AXIS == "tile":
         return num_rows + num_tokens // PARAMETERS[0]
+    elif AXIS == "logit":
+        return num_rows
     else:
         return num_rows * (table_columns // PARAMETERS[0])
 
@@ -160,7 +163,7 @@ def _write_rows(layout, slot, first_row, num_rows, row_stride, FIELDS: tl.conste
         elif _at(FIELDS, i, 0) == "cu_seqlens_q":
             _write_starts(slot, row_R, end_R, num_rows)
         else:
-            _write_row_field(slot, row_R, num_rows, query_R, context_R, end_R, FIELDS, i)
+            _write_row_field(slot, row_R, num_rows, query_R, context_R, FIELDS, i)
         slot += slot_words("row", num_rows + 1)
 
 
@@ -171,7 +174,7 @@ def _write_starts(slot, row_R, end_R, num_rows):
 
 
 @triton.jit
-def _write_row_field(slot, row_R, num_rows, query_R, context_R, end_R, FIELDS: tl.constexpr, INDEX: tl.constexpr):
+def _write_row_field(slot, row_R, num_rows, query_R, context_R, FIELDS: tl.constexpr, INDEX: tl.constexpr):
     NAME: tl.constexpr = _at(FIELDS, INDEX, 0)
     PARAMETERS: tl.constexpr = _at(FIELDS, INDEX, 2)
     inside_R = row_R < num_rows
@@ -183,12 +186,9 @@ def _write_row_field(slot, row_R, num_rows, query_R, context_R, end_R, FIELDS: t
         tl.store(slot + row_R, length_R, mask=inside_R)
     elif NAME == "first_seen":
         tl.store(slot + row_R, first_seen(context_R, PARAMETERS[0]), mask=inside_R)
-    elif NAME == "has_initial_state":
-        tl.store(slot.to(tl.pointer_type(tl.int8)) + row_R, (context_R > 0).to(tl.int8), mask=inside_R)
     else:
-        tl.static_assert(NAME == "logits_indices")
-        last_R = tl.maximum(end_R - 1, 0).to(tl.int64)
-        tl.store(slot.to(tl.pointer_type(tl.int64)) + row_R, last_R, mask=inside_R)
+        tl.static_assert(NAME == "has_initial_state")
+        tl.store(slot.to(tl.pointer_type(tl.int8)) + row_R, (context_R > 0).to(tl.int8), mask=inside_R)
 
 
 @triton.jit
@@ -268,6 +268,27 @@ def _write_tiles(
 
 
 @triton.jit
+def _write_logits(layout, slot, first_place, num_rows, row_stride, N: tl.constexpr, R: tl.constexpr):
+    place_N = first_place + tl.arange(0, N)
+    # One more than the token's place, 0 where no row wants it.
+    token_N = tl.zeros([N], tl.int32)
+    tokens_before = 0
+    places_before = 0
+    for first in range(0, num_rows, R):
+        row_R = first + tl.arange(0, R)
+        query_R, _ = _lengths(layout, row_R, num_rows, row_stride)
+        count_R = tl.load(layout + row_R * row_stride + _NUM_LOGITS, mask=row_R < num_rows, other=0)
+        end_R = places_before + tl.cumsum(count_R, 0)
+        shift_R = tokens_before + tl.cumsum(query_R, 0) - end_R
+        owns_NR = ((end_R - count_R)[None, :] <= place_N[:, None]) & (place_N[:, None] < end_R[None, :])
+        token_N += tl.sum(tl.where(owns_NR, place_N[:, None] + shift_R[None, :] + 1, 0), 1)
+        tokens_before += tl.sum(query_R, 0)
+        places_before += tl.sum(count_R, 0)
+    index_N = tl.where(token_N > 0, token_N - 1, tl.maximum(tokens_before - 1, 0)).to(tl.int64)
+    tl.store(slot.to(tl.pointer_type(tl.int64)) + place_N, index_N, mask=place_N < num_rows)
+
+
+@triton.jit
 def _write_pages(
     layout,
     slot,
@@ -335,6 +356,8 @@ def _write_section(
             _write_pages(layout, slot, program, num_rows, table_columns, row_stride, PARAMETERS, ROW_BLOCK, PAGE_BLOCK)
         elif AXIS == "tile":
             _write_tiles(layout, slot, program * N, places, num_rows, row_stride, PARAMETERS[0], N, R)
+        elif AXIS == "logit":
+            _write_logits(layout, slot, program * N, num_rows, row_stride, N, R)
         else:
             _write_tokens(layout, slot, program * N, num_rows, places, table_columns, row_stride, FIELDS, N, R)
     for i in tl.static_range(len(FIELDS)):
@@ -356,7 +379,7 @@ def fields_kernel(
     ROW_BLOCK: tl.constexpr,
     PAGE_BLOCK: tl.constexpr,
 ):
-    """layout [S, 3 + G * P] int32 with `row_stride`, arena int32; the grid is the sum of all sections' programs."""
+    """layout [S, 4 + G * P] int32 with `row_stride`, arena int32; the grid is the sum of all sections' programs."""
     program = tl.program_id(0)
     slot = arena
     for i in tl.static_range(len(PLAN)):

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from autodeploy.metadata.field import field
-from autodeploy.metadata.layout import CONTEXT_LEN, NUM_FIXED_COLUMNS, QUERY_LEN, STATE_SLOT
+from autodeploy.metadata.layout import CONTEXT_LEN, NUM_FIXED_COLUMNS, NUM_LOGITS, QUERY_LEN, STATE_SLOT
 from autodeploy.metadata.span import span_of
 
 
@@ -89,10 +89,15 @@ def has_initial_state(layout: Tensor) -> Tensor:
     return layout[:, CONTEXT_LEN] > 0
 
 
-@field(shape="[S] int64", padding="the row before the end, at least 0")
+@field(shape="[S] int64", padding="the last token, at least 0")
 def logits_indices(layout: Tensor) -> Tensor:
-    """start_{r+1} - 1: the last token of each sequence, whose logits are sampled."""
-    return (cu_seqlens_q(layout)[1:] - 1).clamp(min=0).to(torch.int64)
+    """The tokens whose logits are wanted, one after another: the last `num_logits` of each sequence."""
+    start_S1, num_rows = cu_seqlens_q(layout), layout.shape[0]
+    end_S = layout[:, NUM_LOGITS].cumsum(0, dtype=torch.int32)
+    place_S = torch.arange(num_rows, dtype=torch.int32, device=layout.device)
+    row_S = torch.searchsorted(end_S, place_S, right=True, out_int32=True).clamp(max=num_rows - 1)
+    token_S = place_S + (start_S1[1:] - end_S)[row_S]
+    return torch.minimum(token_S, start_S1[-1] - 1).clamp(min=0).to(torch.int64)
 
 
 @field(shape="[S + 1] int32", depends="P", padding="the total")

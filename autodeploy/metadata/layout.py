@@ -2,10 +2,14 @@
 
 One int32 row per sequence, so that the whole batch is one rectangular tensor and one host-to-device copy:
 
-    layout_SC = [ query_len | context_len | state_slot | block table of group 0 (P) | ... of group G-1 (P) ]
+    layout_SC = [ query_len | context_len | state_slot | num_logits | block table of group 0 (P) | ... of G-1 (P) ]
 
-S = sequences (rows beyond the real ones are padding), C = 3 + G * P, G = KV groups, P = pages per sequence.
+S = sequences (rows beyond the real ones are padding), C = 4 + G * P, G = KV groups, P = pages per sequence.
 A padding row is all zeros: no tokens, scratch page 0, scratch state slot 0.
+
+`num_logits` says of how many of a sequence's last new tokens logits are wanted: 1 to sample the next token, none within
+a prompt, more to score a prompt or to verify a draft. The step gives S rows of logits, those that are wanted in front,
+so that S is at least their number: a batch that wants more logits than it has sequences has rows of padding for them.
 """
 
 from __future__ import annotations
@@ -19,7 +23,7 @@ from autodeploy.metadata.span import Span
 
 IntOrArray = TypeVar("IntOrArray", int, np.ndarray)
 
-QUERY_LEN, CONTEXT_LEN, STATE_SLOT, NUM_FIXED_COLUMNS = 0, 1, 2, 3
+QUERY_LEN, CONTEXT_LEN, STATE_SLOT, NUM_LOGITS, NUM_FIXED_COLUMNS = 0, 1, 2, 3, 4
 SCRATCH_PAGE = 0
 SCRATCH_STATE = 0
 # The sizes of a step, by name, with what they are taken to be where a number is needed: distinct, so that no two can be

@@ -21,6 +21,7 @@ from autodeploy.errors import LayoutError
 from autodeploy.metadata.layout import (
     CONTEXT_LEN,
     NUM_FIXED_COLUMNS,
+    NUM_LOGITS,
     QUERY_LEN,
     SCRATCH_PAGE,
     SCRATCH_STATE,
@@ -105,6 +106,7 @@ def nest_sequences(
     *,
     num_pages: Sequence[int],
     num_state_slots: int,
+    num_logits: ArrayLike | None = None,
     arena: Arena | None = None,
     pad_tokens: int = 0,
     pad_sequences: int = 0,
@@ -115,12 +117,16 @@ def nest_sequences(
     token_ids [sum of query_lens], the new tokens of all sequences, end to end; query_lens, context_lens, state_slots
     [n]; block_tables [G, n, W]; all integers. `num_pages` has the pool size of each KV group and `num_state_slots` that
     of the state caches, scratch included; without state caches `state_slots` may be all 0 (scratch).
+    `num_logits` [n] says of how many of its last new tokens each sequence wants logits, by default 1. The step's logits
+    [S, V] are those, one sequence after another, and then padding; S is padded to their number at least.
     T and S are padded with zeros up to `pad_tokens` and `pad_sequences`; each block table is cut or padded to
     `pages_per_sequence` (default W).
     Entries of a block table that this step does not use, those behind a sliding window among them, are packed as 0.
     Raises LayoutError, with nothing written, for a batch that would read or write what it does not own.
     """
-    batch = _as_batch(token_ids, query_lens, context_lens, block_tables, state_slots, spec.num_groups)
+    if num_logits is None:
+        num_logits = np.ones(len(np.asarray(query_lens)), dtype=np.int64)
+    batch = _as_batch(token_ids, query_lens, context_lens, block_tables, state_slots, num_logits, spec.num_groups)
     width = batch.block_tables.shape[2] if pages_per_sequence is None else pages_per_sequence
     tables_GSP = batch.block_tables[:, :, :width]
     _check_lengths(batch, tables_GSP.shape[2], spec)
@@ -128,12 +134,13 @@ def nest_sequences(
     _check_state_slots(batch.state_slots, num_state_slots, spec)
     tables = [_pages_in_use(tables_GSP[g], batch, g, spec, num_pages[g]) for g in range(spec.num_groups)]
 
-    padded_sequences = max(pad_sequences, len(batch.query_lens))
+    padded_sequences = max(pad_sequences, len(batch.query_lens), int(batch.num_logits.sum()))
     padded_tokens = max(pad_tokens, len(batch.token_ids))
     num_columns = spec.num_columns(width)
     arena = arena or Arena.allocate(padded_tokens, padded_sequences, num_columns)
     nested = arena.view(padded_tokens, padded_sequences, num_columns)
-    write_step(nested, batch.token_ids, batch.query_lens, batch.context_lens, batch.state_slots, tables)
+    columns = (batch.query_lens, batch.context_lens, batch.state_slots, batch.num_logits)
+    write_step(nested, batch.token_ids, *columns, tables)
     return nested
 
 
@@ -143,6 +150,7 @@ class _Batch(NamedTuple):
     context_lens: np.ndarray
     block_tables: np.ndarray
     state_slots: np.ndarray
+    num_logits: np.ndarray
 
 
 def _as_batch(
@@ -151,13 +159,15 @@ def _as_batch(
     context_lens: ArrayLike,
     block_tables: ArrayLike,
     state_slots: ArrayLike,
+    num_logits: ArrayLike,
     num_groups: int,
 ) -> _Batch:
-    batch = _Batch(*map(np.asarray, (token_ids, query_lens, context_lens, block_tables, state_slots)))
+    batch = _Batch(*map(np.asarray, (token_ids, query_lens, context_lens, block_tables, state_slots, num_logits)))
     num_sequences = len(batch.query_lens)
     sizes = {
         "context_lens": (num_sequences,),
         "state_slots": (num_sequences,),
+        "num_logits": (num_sequences,),
         "block_tables": (num_groups, num_sequences),
     }
     for name, array in zip(batch._fields, batch, strict=True):
@@ -173,6 +183,7 @@ def _as_batch(
         query_lens=batch.query_lens.astype(np.int64),
         context_lens=batch.context_lens.astype(np.int64),
         state_slots=batch.state_slots.astype(np.int64),
+        num_logits=batch.num_logits.astype(np.int64),
     )
 
 
@@ -182,6 +193,7 @@ def write_step(
     query_lens: np.ndarray,
     context_lens: np.ndarray,
     state_slots: np.ndarray,
+    num_logits: np.ndarray,
     tables: Sequence[np.ndarray],
 ) -> None:
     """Fill `nested`, which lies on the CPU, with n sequences as `nest_sequences` takes them, and zeros.
@@ -195,6 +207,7 @@ def write_step(
     rows[:, QUERY_LEN] = query_lens
     rows[:, CONTEXT_LEN] = context_lens
     rows[:, STATE_SLOT] = state_slots
+    rows[:, NUM_LOGITS] = num_logits
     width = (nested.num_columns - NUM_FIXED_COLUMNS) // max(1, len(tables))
     for group, table_SP in enumerate(tables):
         first = NUM_FIXED_COLUMNS + group * width
@@ -216,6 +229,9 @@ def _check_lengths(batch: _Batch, table_width: int, spec: LayoutSpec) -> None:
         _refuse(f"context_len is {context_lens[row]}", row)
     if query_lens.sum() != len(batch.token_ids):
         raise LayoutError(f"query_lens add up to {query_lens.sum()}, but there are {len(batch.token_ids)} token ids")
+    if (bad := (batch.num_logits < 0) | (batch.num_logits > query_lens)).any():
+        row = int(bad.argmax())
+        _refuse(f"num_logits is {batch.num_logits[row]} for {query_lens[row]} new tokens", row)
     if not spec.num_groups:
         return
     capacity = table_width * spec.page_size

@@ -277,13 +277,12 @@ class Engine:
         drawing, num_sampled = batch.drawing, len(batch.sampled)
         if len(drawing) < num_sampled:
             # Over all rows, padding too: cheaper than sending an index to the device.
-            tokens = self._fetch(best_tokens(logits) if best is None else best)[batch.places]
+            tokens = self._fetch(best_tokens(logits) if best is None else best)[:num_sampled]
         else:
             tokens = np.empty(num_sampled, dtype=np.int64)
         if not drawing:
             return tokens, 0
-        rows = np.arange(len(batch.rows))[batch.places][drawing]
-        drawn, num_bytes = sample_tokens(logits, rows.tolist(), [batch.sampled[place] for place in drawing])
+        drawn, num_bytes = sample_tokens(logits, drawing, [batch.sampled[place] for place in drawing])
         tokens[drawing] = self._fetch(drawn)
         return tokens, num_bytes
 

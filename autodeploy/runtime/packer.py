@@ -60,7 +60,8 @@ class Packer:
         num_columns = self._spec.num_columns(sizes.pages_per_sequence)
         nested = self._staging.arenas[arena].view(sizes.num_tokens, sizes.num_sequences, num_columns)
         tables = self._tables.tables[:, batch.rows, : sizes.pages_per_sequence]
-        write_step(nested, self._token_ids(batch), batch.query_lens, batch.context_lens, batch.rows + 1, list(tables))
+        columns = (batch.query_lens, batch.context_lens, batch.rows + 1, batch.num_logits)
+        write_step(nested, self._token_ids(batch), *columns, list(tables))
         rows = nested.layout.numpy()[: len(batch.rows)]
         shape = (len(batch.rows), self._spec.num_groups, sizes.pages_per_sequence)
         views = rows[:, CONTEXT_LEN], rows[:, NUM_FIXED_COLUMNS:].reshape(shape)

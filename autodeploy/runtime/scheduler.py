@@ -34,8 +34,9 @@ class Batch:
     """The requests of one step, or of all decode steps in a row as long as they stay the same.
 
     `rows` [n], `query_lens` [n] and `context_lens` [n], int64, are those of the next step; where that `is_decode`,
-    every query_len is 1 and every request is sampled. Those that are stand at `places` of the batch. `longest` is the
-    most tokens, cached and new, of a sequence. `changes` is what became of the block tables since the first step.
+    every query_len is 1 and every request is sampled. Those that are stand at `places` of the batch. `num_logits` [n]
+    int64 is how many rows of logits each request has in the step. `longest` is the most tokens, cached and new, of a
+    sequence. `changes` is what became of the block tables since the first step.
     """
 
     requests: list[Request]
@@ -43,6 +44,7 @@ class Batch:
     query_lens: np.ndarray
     context_lens: np.ndarray
     places: np.ndarray | slice
+    num_logits: np.ndarray
     is_decode: bool
     num_tokens: int
     longest: int
@@ -57,7 +59,10 @@ class Batch:
         places = (seq_lens == sequences.num_tokens[rows]).nonzero()[0]
         is_decode = len(places) == len(rows) == sum(query_lens)
         sampled = slice(len(rows)) if is_decode else places
-        return Batch(requests, rows, lengths, context_lens, sampled, is_decode, sum(query_lens), int(seq_lens.max()))
+        num_logits = np.zeros(len(rows), dtype=np.int64)
+        num_logits[sampled] = 1
+        num_tokens, longest = sum(query_lens), int(seq_lens.max())
+        return Batch(requests, rows, lengths, context_lens, sampled, num_logits, is_decode, num_tokens, longest)
 
     @cached_property
     def sampled(self) -> list[Request]:
