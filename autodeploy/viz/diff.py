@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-import networkx
 from torch import fx
 
 from autodeploy.viz.classify import classify
@@ -20,7 +20,9 @@ from autodeploy.viz.save import as_json, write
 from autodeploy.viz.snapshot import Snapshot
 from autodeploy.viz.svg import draw
 from autodeploy.viz.text import render
-from autodeploy.viz.union import union
+
+if TYPE_CHECKING:
+    import networkx
 
 WRITERS = {
     ".html": render_page,
@@ -66,6 +68,8 @@ class GraphDiff(Difference):
 
     def to_networkx(self) -> networkx.MultiDiGraph:
         """Both graphs in one: see `autodeploy.viz.union`."""
+        from autodeploy.viz.union import union
+
         return union(self)
 
     def save(self, path: str | Path) -> None:
