@@ -7,11 +7,6 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Iterable
-from typing import TYPE_CHECKING
-
-if TYPE_CHECKING:
-    pass
-
 
 _MOST_LISTED = 60  # names in one message
 
@@ -96,4 +91,4 @@ class PassError(AutodeployError):
 
 
 class InvariantError(PassError):
-    """A graph breaks one of the invariants in `autodeploy.spec`."""
+    """A graph breaks one of the invariants in `autodeploy.compiler.spec`."""

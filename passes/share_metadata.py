@@ -32,7 +32,7 @@ class ShareMetadata:
     """Outline the layout-only part of the graph; matches the number of nodes moved or merged.
 
     What must stay is a near miss: random numbers, writes, effects, sizes known only at run time, and values so large
-    that computing them at the start would raise peak memory (`autodeploy.memory` states the bound).
+    that computing them at the start would raise peak memory (`autodeploy.graph.memory` states the bound).
     """
 
     name: str = "share_metadata"
