@@ -70,8 +70,8 @@ class PassRecord:
 def run(gm: fx.GraphModule, passes: Sequence[Pass], observers: Iterable[Observer] = ()) -> list[PassRecord]:
     """Apply `passes` to `gm` in place, in order.
 
-    Dead code is dropped before the first and after each; then the invariants (`autodeploy.compiler.spec`) are checked. The
-    module's code is generated once at the end, or after each pass where there are observers, who may run it.
+    Dead code is dropped before the first and after each; then the invariants of `autodeploy.compiler.spec` are checked.
+    The module's code is generated once at the end, or after each pass where there are observers, who may run it.
     Raises PassError (or the pass's own typed error) naming the pass that failed.
     """
     observers = list(observers)
