@@ -1,10 +1,11 @@
 """Which forms of attention find_attention knows, seen in transformers' models exported as they are.
 
-    python benchmarks/attention_forms.py [TYPE ...] [--implementation eager ...] [--output docs/attention_forms.md]
+    python benchmarks/attention_forms.py [TYPE ...] [--implementation eager ... | served] [--output docs/...md]
 
 Each tiny model is exported by torch.export with its own attention code, goes through canonicalize and find_attention,
-and is compared with the model at a shape that was not traced. `wrong` must stay empty. Results of earlier runs are
-kept beside the table and only what is named is run again.
+and is compared with the model at a shape that was not traced. `served` asks instead whether an LLM gives transformers'
+greedy tokens for four prompts of mixed length. `wrong` must stay empty. Results of earlier runs are kept beside the
+table and only what is named is run again.
 """
 
 from __future__ import annotations
@@ -12,8 +13,10 @@ from __future__ import annotations
 import argparse
 import inspect
 import json
+import re
 import warnings
 from collections import Counter, defaultdict
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -22,16 +25,20 @@ import zoo
 from torch import Tensor, fx
 from transformers.utils import logging
 
-from autodeploy.errors import NoAttentionFound
+import autodeploy as ad
+from autodeploy.errors import AutodeployError, NoAttentionFound
 from autodeploy.graph.edit import copy_module
 from autodeploy.graph.meta import FORM, NEAR_MISS
 from autodeploy.trace.aten import from_export
 from passes import Canonicalize, FindAttention
 
 IMPLEMENTATIONS = ("eager", "sdpa", "flex_attention")
+SERVED = "served"
 _TRACED, _ASKED = (2, 12), (3, 19)
 _NUM_LAYERS = 2
 _TOLERANCE = 1e-4  # of the largest logit
+_TIE = 1e-4  # between two logits: rounding may choose either
+_EQUAL = "gives transformers' greedy tokens"
 _ROOT = Path(__file__).parents[1]
 _RESULTS = Path(__file__).parent / "results" / "attention_forms.json"
 
@@ -39,7 +46,7 @@ _RESULTS = Path(__file__).parent / "results" / "attention_forms.json"
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("types", nargs="*", metavar="TYPE", help="of zoo.TYPES; all by default")
-    parser.add_argument("--implementation", nargs="+", choices=IMPLEMENTATIONS, default=IMPLEMENTATIONS)
+    parser.add_argument("--implementation", nargs="+", choices=(*IMPLEMENTATIONS, SERVED), default=IMPLEMENTATIONS)
     parser.add_argument("--output", type=Path, default=_ROOT / "docs" / "attention_forms.md")
     args = parser.parse_args()
     warnings.simplefilter("ignore")
@@ -47,7 +54,7 @@ def main() -> None:
     results = json.loads(_RESULTS.read_text()) if _RESULTS.exists() else {}
     for implementation in args.implementation:
         for model_type in args.types or zoo.TYPES:
-            result = examine(model_type, implementation)
+            result = serve(model_type) if implementation == SERVED else examine(model_type, implementation)
             results[f"{model_type} {implementation}"] = result
             print(f"{model_type:24} {implementation:15} {result}", flush=True)
             _RESULTS.write_text(json.dumps(results, indent=1, sort_keys=True) + "\n")
@@ -74,9 +81,36 @@ def examine(model_type: str, implementation: str) -> dict[str, Any]:
     return {"forms": forms, "refused": _refused(gm), "error": _error(model, raw, gm)}
 
 
+def serve(model_type: str) -> dict[str, Any]:
+    """`served` says what an LLM did with the model."""
+    try:
+        model = zoo.tiny(model_type, _NUM_LAYERS)
+        model(**_inputs(model, 1, 5))
+    except Exception as error:  # foreign code: what does not run in transformers is not ours to judge
+        return {"skipped": _first_line(error)}
+    prompts = [_inputs(model, 1, length)["input_ids"][0].tolist() for length in (3, 17, 1, 30)]
+    try:
+        outputs = ad.LLM(model, compile=False).generate(prompts, ad.SamplingParams(max_tokens=20, ignore_eos=True))
+    except NoAttentionFound as error:
+        return {"served": re.sub(r".*; near misses: [^;]*: ([^;:]*).*", r"\1", error.what)}
+    except AutodeployError as error:
+        return {"served": error.what.splitlines()[0]}
+    answers = zip(prompts, outputs, strict=True)
+    return {"served": _EQUAL if all(_is_greedy(model, prompt, out.token_ids) for prompt, out in answers) else "wrong"}
+
+
+def _is_greedy(model: torch.nn.Module, prompt: list[int], answer: Sequence[int]) -> bool:
+    """Whether each token of `answer` is the model's choice behind those before it, or as good as that."""
+    inputs = _inputs(model, 1, len(prompt) + len(answer) - 1) | {"input_ids": torch.tensor([[*prompt, *answer[:-1]]])}
+    with torch.no_grad():
+        logits_TV = model(**inputs).logits[0, len(prompt) - 1 :]
+    chosen_T = logits_TV.gather(1, torch.tensor(answer)[:, None])[:, 0]
+    return bool((logits_TV.amax(1) - chosen_T <= _TIE).all())
+
+
 def table(results: dict[str, dict[str, Any]]) -> str:
     """The results as Markdown: form -> types, reason -> types, and what could not be examined."""
-    forms, refused, skipped = (defaultdict(set) for _ in range(3))
+    forms, refused, skipped, served = (defaultdict(set) for _ in range(4))
     wrong = []
     for key, result in results.items():
         model_type, implementation = key.split(" ")
@@ -84,7 +118,9 @@ def table(results: dict[str, dict[str, Any]]) -> str:
             forms[form].add(model_type)
         for reason in result.get("refused", ()):
             refused[reason].add(model_type)
-        if "skipped" in result:
+        if "served" in result:
+            served[result["served"]].add(model_type)
+        elif "skipped" in result and implementation != SERVED:
             skipped[implementation].add(model_type)
         if result.get("error") is not None and not result["error"] <= _TOLERANCE:
             wrong.append(key)
@@ -98,6 +134,10 @@ def table(results: dict[str, dict[str, Any]]) -> str:
         f"torch.export as they are. {found} attentions of {num_types} model types became canonical; logits at a shape",
         f"that was not traced agree within {_TOLERANCE:g} of the largest. Wrong: {', '.join(wrong) or 'none'}.",
         f"Not compared, as the exported graph itself does not hold at that shape: {', '.join(unchecked) or 'none'}.",
+        "",
+        "What `ad.LLM` does with a tiny model of each type, and four prompts of mixed length at once:",
+        "",
+        *_rows("`ad.trace` and `ad.LLM`: the model ...", served),
         "",
         *_rows("Form", forms),
         "",

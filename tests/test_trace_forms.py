@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import pytest
 import torch
 from greedy import check_greedy
+from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+from transformers.masking_utils import create_causal_mask
+from transformers.models.llama import modeling_llama
+from transformers.models.llama.modeling_llama import LlamaModel
 
 import autodeploy as ad
 from autodeploy.errors import AutodeployError, NoAttentionFound, UnsupportedFeature
@@ -69,3 +74,20 @@ def test_a_form_that_nobody_can_cache_is_refused_by_name(model_type: str) -> Non
     sizes, error, message = _REFUSED[model_type]
     with pytest.raises(error, match=message):
         ad.apply(trace(make(model_type, sizes)))
+
+
+def test_a_mask_over_what_is_filled_to_the_shape_of_activations_is_asked(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As multimodal models have it: text has no image tokens, of which each would see all others of its image."""
+    original = LlamaModel.forward
+
+    def forward(self: LlamaModel, input_ids: Tensor, **kwargs: Any) -> Any:
+        no_image = torch.zeros_like(self.embed_tokens(input_ids), dtype=torch.int)[..., 0] - 1
+        monkeypatch.setattr(
+            modeling_llama, "create_causal_mask", partial(create_causal_mask, block_sequence_ids=no_image)
+        )
+        return original(self, input_ids, **kwargs)
+
+    monkeypatch.setattr(LlamaModel, "forward", forward)
+    gm = trace(make("llama", _BERT | {"intermediate_size": 64}))
+    assert [dict(node.kwargs)["scale"] for node in gm.graph.nodes if FORM.on(node)] == [8**-0.5] * 2
+    ad.apply(gm)

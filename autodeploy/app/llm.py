@@ -32,7 +32,7 @@ from autodeploy.runtime.outputs import EngineStats
 from autodeploy.runtime.prompts import Prompt, check_words, split_prompts
 from autodeploy.runtime.requests import Request, RequestOutput, SamplingParams
 from autodeploy.runtime.stream import Stream, TextStream
-from autodeploy.trace import trace
+from autodeploy.trace import num_positions, trace
 from autodeploy.viz.table import table
 
 _DEFAULT_MODEL_LEN = 8192
@@ -288,14 +288,15 @@ def _or_none(name: str, value: int | None, *, least: int, where: str = "") -> in
 
 def _num_embeddings(model: PreTrainedModel) -> int:
     """Rows of the embedding, of which there may be more than the tokenizer has tokens."""
-    weight = model.get_input_embeddings().weight
-    assert isinstance(weight, Tensor)
+    weight = getattr(model.get_input_embeddings(), "weight", None)
+    if not isinstance(weight, Tensor):
+        raise UnsupportedFeature("a model that embeds a token otherwise than by one table", where=type(model).__name__)
     return weight.shape[0]
 
 
 def _model_len(model: PreTrainedModel, wanted: int | None) -> int:
     """The most tokens of a request."""
-    most = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    most = num_positions(model)
     if wanted is None:
         return min(most or _DEFAULT_MODEL_LEN, _DEFAULT_MODEL_LEN)
     if most and wanted > most:

@@ -11,11 +11,14 @@ from torch.fx.experimental.symbolic_shapes import free_unbacked_symbols
 from torch.fx.node import map_aggregate, map_arg
 
 from autodeploy.graph.aliasing import mutated
+from autodeploy.graph.along import arguments_of, name_of
 from autodeploy.graph.edit import get_attribute, look_at
 from autodeploy.graph.effects import is_pure
 from autodeploy.graph.meta import VALUE
 
 _NUMBERS = (int, float, bool, torch.SymInt, torch.SymFloat, torch.SymBool)
+# Ops that read nothing but the shape of their first argument, and what they fill with where the name says it.
+_FILLED_LIKE = {"zeros_like": 0, "ones_like": 1, "full_like": None, "new_zeros": 0, "new_ones": 1, "new_full": None}
 _POSITIONS = ("position_ids", "cache_position", "positions")  # how the names of such inputs end
 
 
@@ -41,7 +44,7 @@ class Evaluator:
         while waiting:
             current = waiting[-1]
             is_source = current in self._values or self._is_source(current)
-            missing = [] if is_source else [arg for arg in current.all_input_nodes if arg not in self._values]
+            missing = [] if is_source else [arg for arg in reads(current) if arg not in self._values]
             waiting += missing
             if missing:
                 continue
@@ -68,6 +71,8 @@ class Evaluator:
             assert isinstance(value, Tensor)
             shape = self.shape(value)
             return torch.arange(shape[-1], dtype=value.dtype, device=value.device).expand(shape)
+        if name_of(node) in _FILLED_LIKE:
+            return self._filled(node)
         args, kwargs = map_arg((node.args, node.kwargs), self._values.__getitem__)
         assert callable(node.target)
         try:
@@ -75,6 +80,12 @@ class Evaluator:
         except (RuntimeError, IndexError, ValueError) as error:
             reason = str(error).strip().splitlines()[0]
             raise Refused(f"cannot be evaluated at the sizes {self._sizes}: {node.name}: {reason}") from error
+
+    def _filled(self, node: fx.Node) -> Tensor:
+        """What is filled to the shape of an argument, of which nothing else is known."""
+        recorded, fill = VALUE.of(node), _FILLED_LIKE[name_of(node)]
+        fill = map_arg(arguments_of(node)["fill_value"], self._values.__getitem__) if fill is None else fill
+        return torch.full(self.shape(recorded), fill, dtype=recorded.dtype, device=recorded.device)
 
     def _number(self, value: Any) -> Any:
         expr = value.node.expr if isinstance(value, torch.SymInt | torch.SymFloat | torch.SymBool) else value
@@ -110,7 +121,13 @@ def _is_known(gm: fx.GraphModule, node: fx.Node, found: set[fx.Node]) -> bool:
         return is_positions(node)
     if node.op == "get_attr":
         return not isinstance(get_attribute(gm, str(node.target)), torch.nn.Parameter)
-    return node.op == "call_function" and is_pure(node) and all(arg in found for arg in node.all_input_nodes)
+    return node.op == "call_function" and is_pure(node) and all(arg in found for arg in reads(node))
+
+
+def reads(node: fx.Node) -> list[fx.Node]:
+    """The arguments of `node` of which it reads more than the shape."""
+    inputs = node.all_input_nodes
+    return inputs[1:] if name_of(node) in _FILLED_LIKE else inputs
 
 
 def is_positions(node: fx.Node) -> bool:
@@ -128,7 +145,7 @@ def cone(node: fx.Node) -> Iterator[fx.Node]:
     while waiting:
         current = waiting.pop()
         yield current
-        new = [arg for arg in current.all_input_nodes if arg not in seen]
+        new = [arg for arg in reads(current) if arg not in seen]
         seen.update(new)
         waiting += new
 

@@ -25,6 +25,7 @@ from autodeploy.graph.values import retype
 from autodeploy.ops.kinds import kind_of, kinds
 
 _HEARTS = (SDPA, *SOFTMAXES)
+_MOST_LISTED = 8  # near misses in one message
 
 
 @dataclass(frozen=True)
@@ -106,7 +107,9 @@ def _reduce(gm: fx.GraphModule, heart: _Heart, matcher: Matcher, stale: list[fx.
 def _no_attention(gm: fx.GraphModule, where: str) -> NoAttentionFound:
     """The error for a graph without a canonical node, with the near misses in it."""
     misses = [f"{node_location(node)}: {reason}" for node, reason in take_near_misses(gm)]
-    near = "; near misses: " + "; ".join(misses) if misses else "; nothing in it mixes tokens in a way we know"
+    more = [f"and {len(misses) - _MOST_LISTED} more"] if len(misses) > _MOST_LISTED else []
+    listed = "; ".join([*misses[:_MOST_LISTED], *more])
+    near = f"; near misses: {listed}" if misses else "; nothing in it mixes tokens in a way we know"
     return NoAttentionFound(
         f"no attention node found in a graph of {len(gm.graph.nodes)} nodes{near}",
         where=where,

@@ -99,11 +99,16 @@ def _attention(
 
 
 def _mask_of(attention_mask: Tensor | None, where: str) -> Mask | None:
-    """What the mask of transformers' interface shows; None for one that the model computed or changed itself."""
+    """What the mask of transformers' interface shows; None for one that the model made or changed itself.
+
+    A mask that depends on tensors of the model is of that sort: they are nodes of the graph, which the forms can ask.
+    """
     if attention_mask is None:
         raise UnsupportedFeature("attention without a mask, which eager attention runs over all tokens", where=where)
     mask = getattr(_whole(attention_mask), _MASK_ATTRIBUTE, None)
-    if mask is not None and mask.refused:
+    if mask is None or not mask.is_asked:
+        return None
+    if mask.refused:
         raise UnsupportedFeature(f"attention with {mask.refused}", where=where)
     return mask
 

@@ -34,12 +34,14 @@ _QUERIES, _KEYS = 5, 7  # any two sizes above one that differ
 class Mask:
     """What a query sees: `causal` and `span` as in the canonical op.
 
-    `refused` says why the mask has no such form; the other fields mean nothing then.
+    `refused` says why the mask has no such form; the other fields mean nothing then. `is_asked` tells that it has been
+    asked; what depends on tensors of the batch cannot be.
     """
 
     causal: bool = True
     span: Span = field(default_factory=Full)
     refused: str | None = None
+    is_asked: bool = True
 
 
 def read_mask(mask_function: MaskFunction, num_positions: int) -> Mask:
@@ -54,9 +56,10 @@ def read_mask(mask_function: MaskFunction, num_positions: int) -> Mask:
         try:
             form = _read_form(_traced(mask_function), num_positions)
         except Refused as refused:
-            return Mask(refused=f"mask {name}, which {refused}")
+            return Mask(refused=f"mask {name}, which {refused}", is_asked=False)
         except Exception as error:  # the function is foreign code that may read tensors of the batch
-            return Mask(refused=f"mask {name} depends on more than positions ({type(error).__name__})")
+            reason = f"mask {name} depends on more than positions ({type(error).__name__})"
+            return Mask(refused=reason, is_asked=False)
     if form is None:
         return Mask(refused=f"mask {name} is neither causal, full, a sliding window nor chunks")
     return Mask(form.causal, form.span)
