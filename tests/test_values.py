@@ -82,7 +82,7 @@ def shared() -> fx.GraphModule:
 
 LIES: dict[str, tuple[Callable[[fx.GraphModule], object], str]] = {
     "no value": (lambda gm: VALUE.take(attention(gm)), "the value of sdpa_paged_attention_default is not recorded"),
-    "no value inside": (forget_inside, "the value of unsqueeze_1 is not recorded"),
+    "no value inside": (forget_inside, r"the value of unsqueeze\w* is not recorded"),
     "dtype": (lambda gm: remember(gm, Tensor.double), "dtype torch.float64, where it is torch.float32"),
     "device": (lambda gm: remember(gm, lambda value: value.to("meta")), "device meta, where it is cpu"),
     "shape": (lambda gm: remember(gm, lambda value: value[:, 1:]), r"shape torch.Size\(\[1, s\d+ - 1, 4, 16\]\)"),
