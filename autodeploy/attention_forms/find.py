@@ -19,6 +19,7 @@ from autodeploy.attention_forms.match import SDPA, SOFTMAXES, Matcher
 from autodeploy.attention_forms.rewrite import rewrite
 from autodeploy.errors import NoAttentionFound
 from autodeploy.graph.edit import near_miss, take_near_misses
+from autodeploy.graph.in_place import out_of_place
 from autodeploy.graph.location import node_location
 from autodeploy.graph.meta import VALUE
 from autodeploy.graph.values import retype
@@ -43,6 +44,8 @@ def find(gm: fx.GraphModule, *, where: str = "") -> list[fx.Node]:
     What came near is a near miss of `gm`, with the reason; what only the old form used is left to dead code
     elimination. Raises NoAttentionFound with the near misses, and with `where`, for a graph without a canonical node.
     """
+    if needs_finding(gm):
+        out_of_place(gm)
     hearts = _hearts(gm)
     matcher = Matcher(gm, learn_without_flex(gm)) if hearts else None
     stale: list[fx.Node] = []
@@ -65,7 +68,8 @@ def find(gm: fx.GraphModule, *, where: str = "") -> list[fx.Node]:
 
 def needs_finding(gm: fx.GraphModule) -> bool:
     """Whether anything in `gm` may be attention that is not canonical yet; a softmax of matrices routes to experts."""
-    return any(node.target is FLEX or (node.target in _HEARTS and VALUE.of(node).dim() > 2) for node in gm.graph.nodes)
+    ndims = {node: getattr(VALUE.get(node), "ndim", 0) for node in gm.graph.nodes if node.target in (*_HEARTS, FLEX)}
+    return any(node.target is FLEX or ndim > 2 for node, ndim in ndims.items())
 
 
 def _hearts(gm: fx.GraphModule) -> list[_Heart]:

@@ -6,6 +6,7 @@ from collections.abc import Collection
 
 from torch import fx
 
+from autodeploy.attention_forms.evaluate import reads
 from autodeploy.graph.aliasing import sharing, writes
 
 
@@ -33,7 +34,7 @@ def _between(output: fx.Node, inputs: Collection[fx.Node]) -> set[fx.Node]:
         node = waiting.pop()
         if node not in region and node not in inputs:
             region.add(node)
-            waiting += node.all_input_nodes
+            waiting += reads(node)
     return region
 
 

@@ -20,12 +20,13 @@ aten = torch.ops.aten
 
 
 def out_of_place(gm: fx.GraphModule) -> int:
-    """Rewrite `gm`, of which every node has its value; returns how many ops were changed."""
+    """Rewrite `gm` where values are recorded; returns how many ops were changed."""
     mode = mode_of(gm.graph)
     num_changed = 0
     for node in gm.graph.nodes:
         op = _counterpart(node)
-        if mode is None or op is None or not _is_the_last_to_read(node):
+        is_recorded = all(map(VALUE.on, (node, *node.all_input_nodes)))
+        if mode is None or op is None or not is_recorded or not _is_the_last_to_read(node):
             continue
         args, kwargs = fx.map_arg((node.args, node.kwargs), VALUE.of)
         with mode:

@@ -25,7 +25,6 @@ from autodeploy.graph.canonical import canonicalize
 from autodeploy.graph.edit import take_near_misses
 from autodeploy.graph.effects import is_needed
 from autodeploy.graph.equality import mark_constants
-from autodeploy.graph.in_place import out_of_place
 from autodeploy.graph.meta import NUM_POSITIONS, TRACE_SECONDS, VALUE
 
 if TYPE_CHECKING:
@@ -59,7 +58,6 @@ def trace(model: PreTrainedModel) -> fx.GraphModule:
     if most := num_positions(model):
         NUM_POSITIONS.set(gm, most)
     if needs_finding(gm):
-        out_of_place(gm)
         canonicalize(gm)
     find(gm, where=type(model).__name__)
     take_near_misses(gm)  # they stay on their nodes
