@@ -59,7 +59,7 @@ def test_write_your_own_pass(tmp_path: Path) -> None:
 def test_write_your_own_backend(tmp_path: Path) -> None:
     printed = run_example("write_your_own_backend", cache=tmp_path)
     dense, reference = printed.splitlines()
-    assert "nodes_naive=48, nodes_shared=20" in dense
+    assert "nodes_naive=44, nodes_shared=20" in dense
     assert dense.split(" Ledger")[0].removeprefix("dense") == reference.split(" Ledger")[0].removeprefix("reference")
 
 
