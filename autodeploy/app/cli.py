@@ -9,13 +9,15 @@ import os
 import sys
 from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from autodeploy import options
 from autodeploy.errors import AutodeployError, OptionError
 
 if TYPE_CHECKING:
     import torch
+
+    from autodeploy.runtime.requests import RequestOutput
 
 _DTYPES = ("float32", "bfloat16", "float16")
 _ERROR, _INTERRUPTED, _READER_GONE = 2, 130, 141
@@ -98,6 +100,9 @@ def _add_generate(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--top-p", type=float, default=1.0, help="sample among the best of this total probability")
     parser.add_argument("--seed", type=int, help="makes sampling repeatable")
     parser.add_argument("--stop", action="append", default=[], metavar="TEXT", help="end an answer here (repeatable)")
+    parser.add_argument(
+        "--logprobs", type=int, metavar="K", help="list each token with its log probability, and the K best"
+    )
     parser.add_argument("--ignore-eos", action="store_true", help="go on after the end-of-sequence token")
     parser.add_argument("--raw", action="store_true", help="continue the prompts as they are, without chat template")
     parser.add_argument("--eager", action="store_true", help="run the graph without compiling it")
@@ -134,6 +139,7 @@ def _generate(args: argparse.Namespace) -> None:
         seed=args.seed,
         stop=tuple(args.stop),
         ignore_eos=args.ignore_eos,
+        logprobs=args.logprobs,
     )
     llm = LLM(
         args.model,
@@ -148,6 +154,9 @@ def _generate(args: argparse.Namespace) -> None:
         _print_answer(piece for _, piece in pieces)
     else:
         _print_answers(pieces)
+    if args.logprobs is not None:
+        for number, output in enumerate(pieces.outputs(), start=1):
+            _print_logprobs(output, llm.tokenizer, "" if len(args.prompts) == 1 else f"[{number}] ")
     if args.report:
         print(llm.summary(), file=sys.stderr)
 
@@ -170,6 +179,17 @@ def _print_answers(pieces: Iterable[tuple[int, str]]) -> None:
         # Also where one of them has failed, or somebody has seen enough.
         for index in sorted(unfinished):
             print(f"[{index + 1}] {unfinished[index]}")
+
+
+def _print_logprobs(output: RequestOutput, tokenizer: Any, label: str) -> None:
+    """A line for each token: its text and log probability, and those of the best."""
+
+    def spell(token_id: int, logprob: float) -> str:
+        return f"{logprob:.3f} {tokenizer.decode([token_id])!r}"
+
+    for each in output.logprobs or ():
+        own, best = spell(each.token_id, each.logprob), "   ".join(spell(*pair) for pair in each.top)
+        print(f"{label}{own:24}{best}".rstrip())
 
 
 def _apply(args: argparse.Namespace) -> None:

@@ -27,8 +27,12 @@ from autodeploy.runtime.prompts import Prompt, as_token_ids
 from autodeploy.runtime.requests import Request, RequestOutput, SamplingParams, Status, make_request
 from autodeploy.runtime.sampler import NO_TOKEN, best_tokens, sample_tokens
 from autodeploy.runtime.scheduler import Batch, Scheduler
+from autodeploy.runtime.scoring import Scored, check_logprobs, score
 from autodeploy.runtime.staging import Fetch, Link, Staging
 from autodeploy.runtime.turns import Turns
+
+# Rows of logits to score prompts by, in one step: as many as fit into this share of an arena, whose rows they are.
+_MOST_SCORED, _SCORED_INTS = 256, 1 << 20
 
 _log = logging.getLogger(__name__)
 
@@ -74,8 +78,10 @@ class Engine:
         check_memory(cache_specs, layout_spec, device, num_pages=num_pages, **sizes)
         max_pages = max(MIN_SIZE, -(-max_model_len // layout_spec.page_size))
         max_rows = max(MIN_SIZE, max_num_seqs)
+        num_columns = layout_spec.num_columns(max_pages)
+        max_num_scored = min(_MOST_SCORED, max_num_tokens, max(1, _SCORED_INTS // num_columns))
         self.stats = EngineStats()
-        self._step, self._decode_step = step, decode_step or step
+        self._step, self._decode_step = step, decode_step
         self._spec = layout_spec
         self._eos_token_ids = frozenset(eos_token_ids)
         self._decoder = Decoder(tokenizer) if tokenizer else None
@@ -88,18 +94,24 @@ class Engine:
         self._arriving: deque[Request] = deque()
         self._leaving: deque[Request] = deque()
         self._tables = BlockTables(layout_spec, num_pages, max_num_seqs, max_pages)
-        self._scheduler = Scheduler(self._tables, max_num_tokens=max_num_tokens, max_model_len=max_model_len)
+        self._scheduler = Scheduler(
+            self._tables,
+            max_num_tokens=max_num_tokens,
+            max_model_len=max_model_len,
+            max_num_scored=max_num_scored,
+        )
         link = Link(device)
         most_tokens = max(max_rows, max_num_tokens)
-        self._staging = Staging(link, most_tokens, max_rows, layout_spec.num_columns(max_pages))
+        most_logits = max_rows + max_num_scored
+        self._staging = Staging(link, most_tokens, most_logits, num_columns)
         self._packer = Packer(self._staging, self._tables, self._scheduler.sequences)
-        self._fetch = Fetch(link, max_rows)
+        self._fetch = Fetch(link, most_logits)
         self._caches = allocate_caches(cache_specs, pools, device)
         if graphs is None and cuda_graphs and device.type == "cuda":
             graphs = CudaGraphs(device)
         self._captured: CapturedStep | None = None
         if graphs is not None:
-            self._captured = CapturedStep(self._decode_step, self._staging, self._caches, max_rows, graphs)
+            self._captured = CapturedStep(decode_step or step, self._staging, self._caches, max_rows, graphs)
 
     @property
     def has_work(self) -> bool:
@@ -120,13 +132,14 @@ class Engine:
         """Requests for `submit`.
 
         Raises RequestTooLong for one that could never end, OptionError for a prompt that is not token ids of the
-        model or for stop strings without a tokenizer.
+        model, for stop strings without a tokenizer, and for more log probabilities than there are tokens or memory.
         """
         checked = [(as_token_ids(prompt, self._vocab_size), each) for prompt, each in zip(prompts, params, strict=True)]
         for prompt, each in checked:
             self._scheduler.check_length(len(prompt), each.max_tokens)
             if each.stop and self._decoder is None:
                 raise OptionError("stop strings without a tokenizer", fix="give the engine a tokenizer")
+        check_logprobs([(len(prompt), each) for prompt, each in checked], self._vocab_size)
         return [make_request(prompt, each, self._detokenizer(each)) for prompt, each in checked]
 
     def submit(self, requests: Iterable[Request]) -> None:
@@ -163,6 +176,13 @@ class Engine:
             seen = texts, self.clock, all(request.status is Status.FINISHED for request in requests)
         self._settle()
         return seen
+
+    def outputs(self, requests: Sequence[Request]) -> list[RequestOutput]:
+        """What requests have come to so far."""
+        with self._turns:
+            found = [request.output() for request in requests]
+        self._settle()
+        return found
 
     def step(self) -> StepOutputs:
         """Run one step; returns what each request got that got a token. Nothing if there was nothing to do.
@@ -215,7 +235,7 @@ class Engine:
                 return StepOutputs()
             returned = perf_counter()
             self._scheduler.commit(batch)
-            outputs = self._advance(batch, run.tokens)
+            outputs = self._advance(batch, run)
         except BaseException:
             self._scheduler.put_back()
             raise
@@ -231,10 +251,10 @@ class Engine:
         inputs = nested if is_captured else self._staging.send(nested)
         launched = perf_counter()
         with torch.no_grad():
-            tokens, sampler_bytes = self._compute(batch, sizes, inputs)
+            tokens, scored, sent = self._compute(batch, sizes, inputs)
         if is_captured:
             self._staging.landed()
-        return _Run(tokens, launched, inputs.buffer.nbytes, sampler_bytes)
+        return _Run(tokens, scored, launched, [inputs.buffer.nbytes, *sent])
 
     def _blame(self, batch: Batch, error: Exception) -> None:
         """After a step that raised: one request ends by it, of several each runs alone."""
@@ -262,33 +282,38 @@ class Engine:
         pages = -(-batch.longest // self._spec.page_size)
         if self._is_captured(batch):
             return captured_sizes(len(batch.rows), pages, max_num_seqs, max_pages)
-        return padded_sizes(batch.num_tokens, len(batch.rows), pages, max_pages)
+        return padded_sizes(batch.num_tokens, batch.num_rows, pages, max_pages)
 
-    def _compute(self, batch: Batch, sizes: StepSizes, inputs: Nested) -> tuple[np.ndarray, int]:
-        """Run a step: the tokens [k] int64 of `batch.sampled`, and the bytes copied to the device to choose them.
+    def _compute(self, batch: Batch, sizes: StepSizes, inputs: Nested) -> tuple[np.ndarray, Scored | None, list[int]]:
+        """Run a step: tokens [k] int64 of `batch.sampled`, log probabilities, bytes of each more copy to the device.
 
         `inputs` are on the host where the step is captured, on the device otherwise.
         """
         if self._captured and batch.is_decode:
             logits, best = self._captured(sizes, inputs)
         else:
-            step = self._decode_step if batch.is_decode else self._step
+            step = (batch.is_decode and self._decode_step) or self._step
             logits, best = step(inputs.input_ids, inputs.layout, *self._caches), None
-        drawing, num_sampled = batch.drawing, len(batch.sampled)
+        drawing, num_sampled, sent = batch.drawing, len(batch.sampled), []
         if len(drawing) < num_sampled:
             # Over all rows, padding too: cheaper than sending an index to the device.
-            tokens = self._fetch(best_tokens(logits) if best is None else best)[:num_sampled]
+            tokens = self._fetch(best_tokens(logits) if best is None else best)[batch.logits_rows]
         else:
             tokens = np.empty(num_sampled, dtype=np.int64)
-        if not drawing:
-            return tokens, 0
-        drawn, num_bytes = sample_tokens(logits, drawing, [batch.sampled[place] for place in drawing])
-        tokens[drawing] = self._fetch(drawn)
-        return tokens, num_bytes
+        if drawing:
+            rows = np.arange(len(logits))[batch.logits_rows][drawing].tolist()
+            drawn, num_bytes = sample_tokens(logits, rows, [batch.sampled[place] for place in drawing])
+            tokens[drawing] = self._fetch(drawn)
+            sent.append(num_bytes)
+        scored = score(batch, logits, tokens) if batch.wants_logprobs else None
+        return tokens, scored, [*sent, scored.num_bytes] if scored else sent
 
-    def _advance(self, batch: Batch, tokens: np.ndarray) -> StepOutputs:
+    def _advance(self, batch: Batch, run: _Run) -> StepOutputs:
         """Give the requests of a batch their tokens, and end those for which it was the last."""
+        tokens = run.tokens
         is_last = self._scheduler.append(batch, tokens)
+        if run.scored:
+            run.scored.record()
         may_end = tokens == NO_TOKEN
         for eos in self._eos_token_ids:
             may_end |= tokens == eos
@@ -324,8 +349,8 @@ class Engine:
         stats.num_steps += 1
         stats.num_tokens += num_tokens
         stats.num_preemptions = self._scheduler.num_preemptions
-        stats.num_host_to_device_copies += 1 + (run.sampler_bytes > 0)
-        stats.host_to_device_bytes += run.inputs_bytes + run.sampler_bytes
+        stats.num_host_to_device_copies += len(run.sent)
+        stats.host_to_device_bytes += sum(run.sent)
         stats.host_seconds += host_seconds
 
 
@@ -337,9 +362,10 @@ def _check_sizes(num_pages: Sequence[int], **sizes: int) -> None:
 
 
 class _Run(NamedTuple):
-    """A step that has run: tokens [k] int64 of `batch.sampled`, when it was launched, bytes sent to the device."""
+    """A step that has run: tokens [k] int64 of `batch.sampled`, log probabilities, when it was launched, bytes of each
+    copy to the device."""
 
     tokens: np.ndarray
+    scored: Scored | None
     launched: float
-    inputs_bytes: int
-    sampler_bytes: int
+    sent: list[int]

@@ -43,8 +43,8 @@ class EngineStats:
     """Totals since the engine was made; over `num_steps` they are averages per step.
 
     `host_seconds` is the time around the compiled step and the sampling: scheduling, packing, starting the copy,
-    bookkeeping. Host-to-device copies are one per step, and one more where a request is not greedy. Steps that raised
-    count as `num_failed_steps` alone.
+    bookkeeping. Host-to-device copies are one per step, one more where a request is not greedy, and one where there are
+    log probabilities. Steps that raised count as `num_failed_steps` alone.
     """
 
     num_steps: int = 0

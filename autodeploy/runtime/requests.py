@@ -13,6 +13,7 @@ import torch
 from autodeploy.errors import AutodeployError, RequestFailed
 from autodeploy.options import flag, integer, number, refusal
 from autodeploy.runtime.detokenizer import Detokenizer
+from autodeploy.runtime.logprobs import Logprobs, Scores
 
 FinishReason = Literal["stop", "length", "cancelled", "error"]
 NUM_TOKENS, NUM_COMPUTED = 0, 1
@@ -26,6 +27,10 @@ class SamplingParams:
     temperature 0 is greedy; top_k 0 and top_p 1 keep every token. With `seed` a request's choices repeat, whatever else
     is in the batch; without, the seed is drawn from torch's default generator. `stop` strings end the text, which
     stops before them. `ignore_eos` goes on after an end-of-sequence token.
+
+    `logprobs=k` asks for the log probability of each token of the answer and those of the k best there (0: its own
+    alone), `prompt_logprobs=k` for the same of each token of the prompt but the first. They are the model's, before
+    temperature, top_k and top_p.
     """
 
     max_tokens: int = 64
@@ -35,6 +40,8 @@ class SamplingParams:
     seed: int | None = None
     stop: str | tuple[str, ...] = ()
     ignore_eos: bool = False
+    logprobs: int | None = None
+    prompt_logprobs: int | None = None
 
     def __post_init__(self) -> None:
         checked = {
@@ -45,6 +52,9 @@ class SamplingParams:
             "stop": _stop_strings(self.stop),
             "ignore_eos": flag("ignore_eos", self.ignore_eos, where=_WHERE),
         }
+        for name in ("logprobs", "prompt_logprobs"):
+            if (count := getattr(self, name)) is not None:
+                checked[name] = integer(name, count, least=0, end=2**31, where=_WHERE, also="None or ")
         if self.seed is not None:
             checked["seed"] = integer("seed", self.seed, least=0, end=2**63, where=_WHERE, also="None or ")
         if checked["temperature"] < 0:
@@ -74,7 +84,8 @@ class Status(Enum):
 class RequestOutput:
     """A request's result: `token_ids` are the generated ones, `text` is theirs ("" without a tokenizer).
 
-    Where `finish_reason` is "error", `error` says why, and the tokens and the text are those before it.
+    Where `finish_reason` is "error", `error` says why, and the tokens and the text are those before it. `logprobs` are
+    those of `token_ids`, and `prompt_logprobs` those of `prompt_token_ids[1:]`; None where nobody asked.
     """
 
     token_ids: tuple[int, ...]
@@ -82,6 +93,8 @@ class RequestOutput:
     finish_reason: FinishReason | None
     prompt_token_ids: tuple[int, ...]
     error: AutodeployError | None = None
+    logprobs: Logprobs | None = None
+    prompt_logprobs: Logprobs | None = None
 
 
 @dataclass(eq=False)
@@ -104,6 +117,8 @@ class Request:
     finish_reason: FinishReason | None = None
     error: AutodeployError | None = None
     ends_with_eos: bool = False
+    scores: Scores | None = None
+    prompt_scores: Scores | None = None
     _pieces: list[str] = field(default_factory=list)
     _num_decoded: int = field(init=False)
     _num_taken: int = 0
@@ -124,6 +139,11 @@ class Request:
     @num_computed.setter
     def num_computed(self, count: int) -> None:
         self.counts[NUM_COMPUTED] = count
+
+    @property
+    def num_unscored(self) -> int:
+        """How many tokens of the prompt still miss the log probabilities that were asked for."""
+        return self.prompt_scores.size - self.prompt_scores.count if self.prompt_scores else 0
 
     @property
     def token_ids(self) -> tuple[int, ...]:
@@ -179,7 +199,10 @@ class Request:
         """The result so far."""
         text = self.text  # decoding may raise
         reason = self.finish_reason if self.error is None else "error"
-        return RequestOutput(self.token_ids, text, reason, self.prompt_token_ids, self.error)
+        start, end = len(self.prompt_token_ids), self.num_tokens
+        answer = self.scores.of(self.tokens[start:end]) if self.scores else None
+        prompt = self.prompt_scores.of(self.tokens[1:start]) if self.prompt_scores else None
+        return RequestOutput(self.token_ids, text, reason, self.prompt_token_ids, self.error, answer, prompt)
 
 
 def make_request(prompt: np.ndarray, params: SamplingParams, detokenizer: Detokenizer | None) -> Request:
@@ -191,4 +214,9 @@ def make_request(prompt: np.ndarray, params: SamplingParams, detokenizer: Detoke
     tokens = np.zeros(len(prompt) + params.max_tokens, dtype=np.int32)
     tokens[: len(prompt)] = prompt
     counts = np.array([len(prompt), 0], dtype=np.int64)
-    return Request(tuple(prompt.tolist()), params, tokens, counts, generator, detokenizer)
+    request = Request(tuple(prompt.tolist()), params, tokens, counts, generator, detokenizer)
+    if params.logprobs is not None:
+        request.scores = Scores(params.max_tokens, params.logprobs)
+    if params.prompt_logprobs is not None:
+        request.prompt_scores = Scores(len(prompt) - 1, params.prompt_logprobs)
+    return request

@@ -61,6 +61,9 @@ class Batch:
         sampled = slice(len(rows)) if is_decode else places
         num_logits = np.zeros(len(rows), dtype=np.int64)
         num_logits[sampled] = 1
+        for place, request in enumerate(requests):
+            if request.num_unscored:
+                num_logits[place] = rows_to_score(request, query_lens[place])
         num_tokens, longest = sum(query_lens), int(seq_lens.max())
         return Batch(requests, rows, lengths, context_lens, sampled, num_logits, is_decode, num_tokens, longest)
 
@@ -68,6 +71,22 @@ class Batch:
     def sampled(self) -> list[Request]:
         """The requests that get a token [k]."""
         return [self.requests[place] for place in np.arange(len(self.rows))[self.places]]
+
+    @cached_property
+    def num_rows(self) -> int:
+        """Rows of the layout that the step needs, one for each request and each row of logits."""
+        return max(len(self.rows), int(self.num_logits.sum()))
+
+    @cached_property
+    def logits_rows(self) -> np.ndarray | slice:
+        """[k] Which rows of the step's logits are those of the sampled requests: the last of each."""
+        ends = self.num_logits.cumsum()
+        return slice(len(self.sampled)) if ends[-1] == len(self.sampled) else ends[self.places] - 1
+
+    @cached_property
+    def wants_logprobs(self) -> bool:
+        """Whether anybody asks for log probabilities in this step."""
+        return any(request.scores is not None or request.num_unscored for request in self.requests)
 
     @cached_property
     def limits(self) -> np.ndarray:
@@ -88,10 +107,13 @@ class Batch:
 class Scheduler:
     """Requests in order of arrival: `running` ones own a row and pages, `waiting` ones own nothing.
 
-    `max_num_tokens` is the budget of one step. Raises OptionError where it would not give every running sequence one.
+    `max_num_tokens` is the budget of one step, and `max_num_scored` (at least 1) that of rows of logits to score
+    prompts by. Raises OptionError where a step's budget would not give every running sequence a token.
     """
 
-    def __init__(self, tables: BlockTables, *, max_num_tokens: int, max_model_len: int) -> None:
+    def __init__(
+        self, tables: BlockTables, *, max_num_tokens: int, max_model_len: int, max_num_scored: int = 2**31
+    ) -> None:
         if max_num_tokens < len(tables.free_rows):
             raise OptionError(
                 f"max_num_tokens is {max_num_tokens} for up to {len(tables.free_rows)} sequences",
@@ -101,6 +123,7 @@ class Scheduler:
         self.sequences = Sequences(len(tables.free_rows), max_model_len)
         self.max_num_tokens = max_num_tokens
         self.max_model_len = max_model_len
+        self.max_num_scored = max_num_scored
         self.waiting: deque[Request] = deque()
         self.running: list[Request] = []
         self.num_preemptions = 0
@@ -196,6 +219,10 @@ class Scheduler:
         waiting = self.waiting
         return bool(waiting) and num_scheduled < self.max_num_tokens and self.tables.fits_now(waiting[0].num_tokens)
 
+    def _is_cut(self, counts: dict[Request, int]) -> bool:
+        """Whether the youngest request ends this step in the middle of its prompt."""
+        return bool(self.running) and counts.get(self.running[-1], 0) < _num_left(self.running[-1])
+
     def _schedule_each(self) -> Batch:
         """Any step, by a look at each request."""
         self._decoding = None
@@ -203,7 +230,7 @@ class Scheduler:
         for request in tuple(self.running):
             if request.status is Status.RUNNING:
                 self._grow(request, counts)
-        while self._may_start(sum(counts.values())):
+        while self._may_start(sum(counts.values())) and not self._is_cut(counts):
             request = self.waiting.popleft()
             self._start(request)
             self._grow(request, counts)
@@ -235,6 +262,11 @@ class Scheduler:
         # A decode is within the budget by construction, and summing it up for each would cost their square.
         if wanted > 1:
             wanted = min(wanted, self.max_num_tokens - sum(counts.values()))
+        if request.num_unscored:
+            scored = sum(rows_to_score(each, count) for each, count in counts.items() if each.num_unscored)
+            wanted -= max(0, rows_to_score(request, wanted) - (self.max_num_scored - scored))
+            if wanted < 1:
+                return
         while not self.tables.extend(request.row, request.num_computed + wanted):
             room = self.tables.capacity(request.row) - request.num_computed
             youngest = self.running[-1]
@@ -259,6 +291,13 @@ class Scheduler:
         self.tables.release(request.row)
         self.running.remove(request)
         self.sequences.leave(request)
+
+
+def rows_to_score(request: Request, query_len: int) -> int:
+    """Rows of logits that an unscored request has in a step of `query_len` tokens: row i scores token i + 1."""
+    assert request.prompt_scores is not None
+    first = max(request.num_computed, request.prompt_scores.count)
+    return max(0, request.num_computed + query_len - first)
 
 
 def _num_left(request: Request) -> int:

@@ -7,7 +7,7 @@ from collections.abc import Iterator, Sequence
 from threading import Lock
 
 from autodeploy.runtime.engine import Engine
-from autodeploy.runtime.requests import Request
+from autodeploy.runtime.requests import Request, RequestOutput
 
 
 class Stream(Iterator[tuple[int, str]]):
@@ -19,7 +19,7 @@ class Stream(Iterator[tuple[int, str]]):
 
     def __init__(self, engine: Engine, requests: Sequence[Request]) -> None:
         self._engine = engine
-        self._requests = tuple(requests)
+        self._all = self._requests = tuple(requests)
         self._pieces: deque[tuple[int, str]] = deque()
         self._one_reader = Lock()
         self._is_queued = self._has_ended = False
@@ -41,6 +41,10 @@ class Stream(Iterator[tuple[int, str]]):
 
     def __del__(self) -> None:
         self.close()
+
+    def outputs(self) -> list[RequestOutput]:
+        """What the requests have come to so far, log probabilities included."""
+        return self._engine.outputs(self._all)
 
     def _read(self) -> None:
         try:
@@ -68,6 +72,10 @@ class TextStream(Iterator[str]):
 
     def __next__(self) -> str:
         return next(self._stream)[1]
+
+    def output(self) -> RequestOutput:
+        """What the request has come to so far, log probabilities included."""
+        return self._stream.outputs()[0]
 
     def close(self) -> None:
         """Cancel the request; there is nothing more to read."""
