@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
-from autodeploy.graph.meta import CONSTANT, ROLE
+from autodeploy.graph.meta import CONSTANT, ROLE, VALUE
 
 CONSTANT_NAME = "_tensor_constant"  # tracers call literals so
 
@@ -165,7 +165,10 @@ def build(program: Program, root: nn.Module | dict[str, Any]) -> fx.GraphModule:
     nodes: list[Any] = []
     for place, each in enumerate(program.inputs):
         nodes.append(graph.placeholder(f"v{place}"))
-        nodes[-1].meta.update({ROLE: each.role} if program.has_roles else {"val": each.example})
+        if program.has_roles:
+            ROLE.set(nodes[-1], each.role)
+        else:
+            VALUE.set(nodes[-1], each.example)
     for step in program.steps:
         nodes.append(add_node(graph, step, nodes))
     graph.output(resolve(program.outputs, nodes))
