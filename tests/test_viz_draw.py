@@ -4,17 +4,22 @@ from __future__ import annotations
 
 import json
 import re
+import sys
 from itertools import pairwise
+from pathlib import Path
 from xml.etree import ElementTree
 
 import networkx
 import pytest
+import torch
 from pictures import behind, overlaps
 from torch import fx
 from traces import traced
 from viz_graphs import Maker, aten, attention_layer, cached_layer, graph_module, layers
 
+import autodeploy as ad
 from autodeploy.compiler import pipeline
+from autodeploy.errors import MissingDependency
 from autodeploy.viz import GraphDiff, Recorder, Snapshot
 from autodeploy.viz.engine import picture
 from autodeploy.viz.export import to_dot, to_model_explorer, to_sync_navigation
@@ -194,3 +199,11 @@ def test_model_explorer(make) -> None:
         found = [id for entry in mapping["mappingEntries"] for id in entry[key]]
         assert len(found) == len(set(found))
         assert set(found) <= ids[side]
+
+
+def test_without_the_extra_a_picture_is_refused_by_name(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setitem(sys.modules, "py_mini_racer", None)
+    one, other = (fx.symbolic_trace(each) for each in (torch.nn.ReLU(), torch.nn.GELU()))
+    with pytest.raises(MissingDependency, match=r"pip install 'autodeploy-fx\[svg\]'"):
+        ad.diff(one, other).save(tmp_path / "x.svg")
+    assert not (tmp_path / "x.svg").exists()

@@ -96,6 +96,7 @@ _LLAMA = {
     "VALUE_SIZE": 128,
     "PAGE_SIZE": 16,
     "SPLITS": 1,
+    "SPAN": 0,
     "HAS_SOFTCAP": False,
 }
 
@@ -112,6 +113,7 @@ def _attention_case(
 ) -> Case:
     """A case with the block sizes that the launcher chooses on `target`."""
     constexprs = _LLAMA | given
+    assert constexprs.keys() == _LLAMA.keys(), f"{name}: the kernels take no {given.keys() - _LLAMA.keys()}"
     types = _ATTENTION | dict.fromkeys(("query", "key", "value", "out"), f"*{dtype}")
     types |= dict.fromkeys(("key_cache", "value_cache"), f"*{cache or dtype}")
     types |= {"sinks": f"*{dtype}"} if sinks else {}
@@ -127,8 +129,8 @@ def _attention_case(
     return Case(name, fn, signature, {n: v for n, v in constexprs.items() if n in fn.arg_names}, options, (target,))
 
 
-_GPT_OSS = {"GROUP": 8, "KEY_SIZE": 64, "VALUE_SIZE": 64, "WINDOW": 128, "sinks": True}
-_GEMMA_2 = {"GROUP": 2, "KEY_SIZE": 256, "VALUE_SIZE": 256, "WINDOW": 4096, "HAS_SOFTCAP": True}
+_GPT_OSS = {"GROUP": 8, "KEY_SIZE": 64, "VALUE_SIZE": 64, "SPAN": 128, "sinks": True}
+_GEMMA_2 = {"GROUP": 2, "KEY_SIZE": 256, "VALUE_SIZE": 256, "SPAN": 4096, "HAS_SOFTCAP": True}
 for _target in TARGETS:
     for _kind, _fn in (("decode", triton_decode.decode_kernel), ("prefill", triton_prefill.prefill_kernel)):
         CASES += [
@@ -136,6 +138,7 @@ for _target in TARGETS:
             _attention_case(f"{_kind}_llama_fp16_page_256", _fn, _target, "fp16", PAGE_SIZE=256),
             _attention_case(f"{_kind}_llama_fp32", _fn, _target, "fp32"),
             _attention_case(f"{_kind}_gpt_oss", _fn, _target, **_GPT_OSS),
+            _attention_case(f"{_kind}_llama_4", _fn, _target, GROUP=5, SPAN=-8192),
             _attention_case(f"{_kind}_mpt", _fn, _target, HEADS=32, GROUP=1, slopes=True),
             _attention_case(f"{_kind}_gemma_2", _fn, _target, **_GEMMA_2),
             _attention_case(f"{_kind}_size_80", _fn, _target, HEADS=32, GROUP=1, KEY_SIZE=80, VALUE_SIZE=80),

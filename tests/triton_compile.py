@@ -39,8 +39,11 @@ def compile_kernel(
 
     `signature` gives the type of each argument that is not in `constexprs`: "*bf16", "i32", "fp32", ...; pointers are
     taken as multiples of 16 bytes, as torch allocates them, and so are integers written "i32:16" of 16. An argument of
-    neither is None. `options` are num_warps, num_stages and the like.
+    neither is None; each `tl.constexpr` without a default must be given. `options` are num_warps, num_stages and the
+    like.
     """
+    wanted = {param.name for param in fn.params if param.is_constexpr and not param.has_default}
+    assert wanted <= constexprs.keys(), f"{fn.__name__}: no value for {sorted(wanted - constexprs.keys())}"
     missing = [name for name in fn.arg_names if name not in signature]
     types = {name: signature.get(name, "constexpr").partition(":")[0] for name in fn.arg_names}
     divisible = [

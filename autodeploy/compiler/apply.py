@@ -62,8 +62,8 @@ def apply(
     `backend` is "auto", a backend's name, or a mapping from layer type or kind to a name. `passes` replaces the
     default list; a name stands for the default pass of that name. With `verify`, the graph is run before and after
     each pass on random ragged batches, and the first pass that changes a bit it may not change is an error; so is one
-    that leaves a recorded value wrong. A
-    `recorder` keeps the graph after each pass; when a pass raises, its `trace()` ends with that pass.
+    that leaves a recorded value wrong. A `recorder` keeps the graph after each pass; when a pass raises, its `trace()`
+    ends with that pass.
     Raises UnknownName, OptionError, NoAttentionFound, UnsupportedFeature or PassError.
     """
     if not isinstance(gm, fx.GraphModule):

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import gc
 import time
-from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -21,6 +19,7 @@ from autodeploy.graph.memory import written
 from autodeploy.graph.sizes import NO_BYTES, Bytes, bytes_of
 from autodeploy.graph.spelling import recorded_value
 from autodeploy.metadata.field import num_ops
+from autodeploy.viz.pause import collector_paused
 
 
 class Observer(Protocol):
@@ -81,7 +80,8 @@ def run(gm: fx.GraphModule, passes: Sequence[Pass], observers: Iterable[Observer
     for step in passes:
         for observer in observers:
             observer.before(step, gm)
-        with _without_collector():
+        # One full collection of torch's and transformers' heap takes 0.28 s, as long as all passes on SmolLM2.
+        with collector_paused():
             record = _apply(gm, step, counts, typed)
         records.append(record)
         counts = record.after
@@ -91,18 +91,6 @@ def run(gm: fx.GraphModule, passes: Sequence[Pass], observers: Iterable[Observer
             observer.after(step, gm, record)
     gm.recompile()
     return records
-
-
-@contextmanager
-def _without_collector() -> Iterator[None]:
-    """One full collection of torch's and transformers' heap takes 0.28 s, as long as all passes on SmolLM2."""
-    was_enabled = gc.isenabled()
-    gc.disable()
-    try:
-        yield
-    finally:
-        if was_enabled:
-            gc.enable()
 
 
 def _apply(gm: fx.GraphModule, step: Pass, before: Counts, typed: bool) -> PassRecord:

@@ -89,7 +89,7 @@ def check_no_value_is_missing(gm: fx.GraphModule) -> None:
         raise InvariantError(
             f"the value of {node.name} is not recorded",
             where=node_location(node),
-            fix="make nodes with autodeploy.graph.record, or call autodeploy.values.record_values on new ones",
+            fix="call autodeploy.extend.record_values on new nodes",
         )
 
 

@@ -18,10 +18,10 @@ from torch import Tensor
 
 from autodeploy.errors import UnsupportedFeature
 from autodeploy.kernels import flashinfer_fields, support
+from autodeploy.kernels.triton_paged import TritonPagedAttention
 from autodeploy.metadata import fields
 from autodeploy.metadata.span import Chunk, span_of
 from autodeploy.ops.backend import Backend
-from autodeploy.ops.kinds.attention import PagedAttention
 from autodeploy.ops.site import Site
 from autodeploy.ops.step_kind import DECODE, MIXED, StepKind
 
@@ -183,7 +183,7 @@ def _(query, *_, **__):
     return query.new_empty(1, query.shape[2], query.shape[1], query.shape[3])
 
 
-class FlashInferAttention(PagedAttention):
+class FlashInferAttention(TritonPagedAttention):
     name = "flashinfer"
     meaning = "FlashInfer's paged kernels; plans on the host, so not in CUDA graphs"
 
@@ -227,13 +227,6 @@ class FlashInferAttention(PagedAttention):
             "schedule": plan[0],
             "tables": plan[1],
         }
-
-    def append(
-        self, tensors: tuple[Any, ...], caches: tuple[Tensor, ...], metadata: dict[str, Tensor], site: Site
-    ) -> None:
-        from autodeploy.kernels.triton_append import append_op
-
-        append_op(*tensors[1:3], *caches, metadata["slot_mapping"], metadata["cu_seqlens_q"])
 
     def attend(
         self, tensors: tuple[Any, ...], caches: tuple[Tensor, ...], metadata: dict[str, Tensor], site: Site

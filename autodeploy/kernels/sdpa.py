@@ -17,7 +17,6 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from autodeploy.kernels import torch_fields
-from autodeploy.metadata import fields
 from autodeploy.metadata.span import Span, span_of
 from autodeploy.ops.backend import Backend
 from autodeploy.ops.kinds.attention import PagedAttention
@@ -221,11 +220,8 @@ class SdpaAttention(PagedAttention):
     def metadata(self, layout: Tensor, num_tokens: int, site: Site) -> dict[str, Tensor]:
         heads, span = site.facts.num_kv_heads, site.span.name
         pages = (site.group, site.num_groups, site.page_size)
-        return {
+        return super().metadata(layout, num_tokens, site) | {
             "head_slots": torch_fields.head_slots(layout, num_tokens, *pages, heads),
-            "block_table": fields.block_table(layout, site.group, site.num_groups),
-            "seq_lens": fields.seq_lens(layout),
-            "cu_seqlens_q": fields.cu_seqlens_q(layout),
             "decode_pages": torch_fields.decode_pages(layout, *pages, heads, span),
             "decode_mask": torch_fields.decode_mask(layout, *pages[1:], span),
         }

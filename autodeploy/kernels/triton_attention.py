@@ -12,13 +12,12 @@ import torch
 from torch import Tensor
 
 from autodeploy.kernels import support, tile_fields
-from autodeploy.kernels.triton_append import append, append_op, in_rows
+from autodeploy.kernels.triton_append import append, in_rows
 from autodeploy.kernels.triton_decode import decode
+from autodeploy.kernels.triton_paged import TritonPagedAttention
 from autodeploy.kernels.triton_prefill import prefill, tile_tokens
 from autodeploy.kernels.triton_softmax import Scoring
-from autodeploy.metadata import fields
 from autodeploy.ops.cache import Cache
-from autodeploy.ops.kinds.attention import PagedAttention
 from autodeploy.ops.site import Site
 from autodeploy.ops.step_kind import DECODE, MIXED, StepKind
 
@@ -120,7 +119,7 @@ def _(query, sinks, key_cache, value_cache, *_, **__):
     return query.new_empty(1, query.shape[2], query.shape[1], value_cache.shape[3])
 
 
-class TritonAttention(PagedAttention):
+class TritonAttention(TritonPagedAttention):
     """`cache_dtype` None caches in the model's dtype; float8_e4m3fn halves the cache of a 16-bit model."""
 
     meaning = "split-KV decode and tiled prefill in Triton"
@@ -149,18 +148,8 @@ class TritonAttention(PagedAttention):
 
     def metadata(self, layout: Tensor, num_tokens: int, site: Site) -> dict[str, Tensor]:
         group_size = site.facts.num_heads // site.facts.num_kv_heads
-        return {
-            "slot_mapping": fields.slot_mapping(layout, num_tokens, site.group, site.num_groups, site.page_size),
-            "block_table": fields.block_table(layout, site.group, site.num_groups),
-            "seq_lens": fields.seq_lens(layout),
-            "cu_seqlens_q": fields.cu_seqlens_q(layout),
-            "query_tiles": tile_fields.query_tiles(layout, num_tokens, tile_tokens(group_size, site.dtype)),
-        }
-
-    def append(
-        self, tensors: tuple[Any, ...], caches: tuple[Tensor, ...], metadata: dict[str, Tensor], site: Site
-    ) -> None:
-        append_op(*tensors[1:3], *caches, metadata["slot_mapping"], metadata["cu_seqlens_q"])
+        tiles = tile_fields.query_tiles(layout, num_tokens, tile_tokens(group_size, site.dtype))
+        return super().metadata(layout, num_tokens, site) | {"query_tiles": tiles}
 
     def attend(
         self, tensors: tuple[Any, ...], caches: tuple[Tensor, ...], metadata: dict[str, Tensor], site: Site
@@ -175,7 +164,7 @@ class TritonAttention(PagedAttention):
     ) -> Tensor:
         """In one launch for a decode step."""
         return torch.ops.autodeploy.triton_paged_attention.default(
-            *tensors[:4], *caches, *metadata.values(), **self.scoring(tensors, site)
+            *tensors[:4], *caches, **metadata, **self.scoring(tensors, site)
         )
 
 

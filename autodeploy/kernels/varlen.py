@@ -12,10 +12,9 @@ import torch
 from torch import Tensor
 
 from autodeploy.kernels import support
-from autodeploy.metadata import fields
+from autodeploy.kernels.triton_paged import TritonPagedAttention
 from autodeploy.metadata.span import Chunk, span_of
 from autodeploy.ops.backend import Backend
-from autodeploy.ops.kinds.attention import PagedAttention
 from autodeploy.ops.site import Site
 from autodeploy.ops.step_kind import DECODE, MIXED, StepKind
 
@@ -94,28 +93,13 @@ def _has_block_tables() -> bool:
     return "block_table" in inspect.signature(varlen_attn).parameters
 
 
-class VarlenAttention(PagedAttention):
+class VarlenAttention(TritonPagedAttention):
     name = "varlen"
     meaning = "torch.nn.attention.varlen over block tables"
 
     def why_not(self, site: Site) -> str | None:
         refused = super().why_not(site) or support.why_not(site.device) or _why_not_here(site)
         return refused or _why_not_kernel(site)
-
-    def metadata(self, layout: Tensor, num_tokens: int, site: Site) -> dict[str, Tensor]:
-        return {
-            "slot_mapping": fields.slot_mapping(layout, num_tokens, site.group, site.num_groups, site.page_size),
-            "block_table": fields.block_table(layout, site.group, site.num_groups),
-            "seq_lens": fields.seq_lens(layout),
-            "cu_seqlens_q": fields.cu_seqlens_q(layout),
-        }
-
-    def append(
-        self, tensors: tuple[Any, ...], caches: tuple[Tensor, ...], metadata: dict[str, Tensor], site: Site
-    ) -> None:
-        from autodeploy.kernels.triton_append import append_op
-
-        append_op(*tensors[1:3], *caches, metadata["slot_mapping"], metadata["cu_seqlens_q"])
 
     def attend(
         self, tensors: tuple[Any, ...], caches: tuple[Tensor, ...], metadata: dict[str, Tensor], site: Site

@@ -36,6 +36,8 @@ class _Sized:
     sort: ClassVar[str]
 
     def __post_init__(self) -> None:
+        if self.size < 1:
+            raise OptionError(f"a {self.sort} of {self.size} tokens", fix="a token sees itself at least")
         # Once and for all, as Dynamo makes no text of a number.
         object.__setattr__(self, "name", f"{self.sort}_{self.size}")
 
@@ -79,7 +81,7 @@ def span_of(name: str) -> Span:
     """The span of that name. Raises OptionError for another."""
     sort, _, size = name.partition("_")
     found = {each.sort: each for each in (Window, Chunk)}.get(sort)
-    if found and size.isdecimal() and int(size) > 0:
+    if found and size.isdecimal():
         return found(int(size))
     if name == "full":
         return Full()

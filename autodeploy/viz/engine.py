@@ -8,6 +8,7 @@ from functools import cache
 from importlib.resources import files
 from typing import Any
 
+from autodeploy.errors import MissingDependency
 from autodeploy.viz.difference import Difference
 from autodeploy.viz.history import History
 from autodeploy.viz.page_data import page_data
@@ -27,8 +28,15 @@ class Picture:
 
 
 def picture(shown: History | Difference, width: int, height: int) -> Picture:
-    """The step that shares metadata, of a history where there is one, else all passes; opened as far as it fits."""
-    from py_mini_racer import MiniRacer
+    """The step that shares metadata, of a history where there is one, else all passes; opened as far as it fits.
+
+    Raises MissingDependency.
+    """
+    try:
+        from py_mini_racer import MiniRacer
+    except ModuleNotFoundError as error:
+        fix = "pip install 'autodeploy-fx[svg]', or save the page (.html), which a browser draws"
+        raise MissingDependency("drawing outside a browser needs the mini-racer package", fix=fix) from error
 
     data = page_data(shown)
     index = next((index for index, step in enumerate(data["steps"]) if step["story"]), 0)

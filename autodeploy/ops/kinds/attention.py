@@ -222,6 +222,14 @@ class PagedAttention(Backend[AttentionFacts]):
         key = Paged("key", (f.num_kv_heads, f.head_dim), site.dtype, site.group)
         return key, Paged("value", (f.num_kv_heads, f.value_dim), site.dtype, site.group)
 
+    def metadata(self, layout: Tensor, num_tokens: int, site: Site[AttentionFacts]) -> dict[str, Tensor]:
+        """Where the tokens of each sequence are."""
+        return {
+            "block_table": fields.block_table(layout, site.group, site.num_groups),
+            "seq_lens": fields.seq_lens(layout),
+            "cu_seqlens_q": fields.cu_seqlens_q(layout),
+        }
+
     def scoring(self, tensors: tuple[Any, ...], site: Site[AttentionFacts]) -> dict[str, Any]:
         """What ops take by name beside tensors: how scores are made, and `alibi_slopes` where the layer has them."""
         asked = {"scale": site.facts.scale, "span": site.span.name, "softcap": site.facts.softcap}
@@ -289,12 +297,8 @@ class ReferenceAttention(PagedAttention):
     meaning = "the oracle: attends one sequence after another"
 
     def metadata(self, layout: Tensor, num_tokens: int, site: Site[AttentionFacts]) -> dict[str, Tensor]:
-        return {
-            "slot_mapping": fields.slot_mapping(layout, num_tokens, site.group, site.num_groups, site.page_size),
-            "block_table": fields.block_table(layout, site.group, site.num_groups),
-            "seq_lens": fields.seq_lens(layout),
-            "cu_seqlens_q": fields.cu_seqlens_q(layout),
-        }
+        slots = fields.slot_mapping(layout, num_tokens, site.group, site.num_groups, site.page_size)
+        return super().metadata(layout, num_tokens, site) | {"slot_mapping": slots}
 
     def append(
         self, tensors: tuple[Any, ...], caches: tuple[Tensor, ...], metadata: dict[str, Tensor], site: Site
