@@ -20,7 +20,7 @@ from autodeploy.metadata.field import Field, field, num_ops
 from autodeploy.metadata.span import span_of
 
 ORACLES: dict[str, Callable[..., list]] = {}
-PARAMETERS = {"kernel_size": 4, "num_kv_heads": 3, "block_size": 4}
+PARAMETERS = {"kernel_size": 4, "num_kv_heads": 3, "block_size": 4, "chunk_size": 4}
 
 
 def oracle(function: Callable[..., list]) -> Callable[..., list]:
@@ -224,6 +224,34 @@ def query_tiles(batch: Batch, block_size: int) -> list:
             tiles += [[r, starts(batch)[r] + first] for first in range(0, row.query_len, block_size)]
     places = len(batch.rows) + batch.num_tokens // block_size
     return tiles + [[-1, 0]] * (places - len(tiles))
+
+
+def chunks(batch: Batch, size: int) -> list[list[list[int]]]:
+    """The tokens of each chunk of each row."""
+    spans = zip(batch.rows, starts(batch), strict=False)
+    return [
+        [[begin + i for i in range(first, min(first + size, row.query_len))] for first in range(0, row.query_len, size)]
+        for row, begin in spans
+    ]
+
+
+@oracle
+def cu_chunks(batch: Batch, chunk_size: int) -> list:
+    return list(accumulate((len(of_row) for of_row in chunks(batch, chunk_size)), initial=0))
+
+
+@oracle
+def chunk_tokens(batch: Batch, chunk_size: int) -> list:
+    flat = [chunk for of_row in chunks(batch, chunk_size) for chunk in of_row]
+    flat += [[]] * (len(batch.rows) + batch.num_tokens // chunk_size - len(flat))
+    return [chunk + [batch.num_tokens] * (chunk_size - len(chunk)) for chunk in flat]
+
+
+@oracle
+def chunk_places(batch: Batch, chunk_size: int) -> list:
+    flat = [chunk for of_row in chunks(batch, chunk_size) for chunk in of_row]
+    places = {token: c * chunk_size + i for c, chunk in enumerate(flat) for i, token in enumerate(chunk)}
+    return padded(batch, [places[token] for token in range(batch.total)], 0)
 
 
 def end_to_end(batch: Batch, pages: list[list[int]]) -> list[int]:

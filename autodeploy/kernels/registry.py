@@ -34,7 +34,7 @@ _BACKEND_MODULES = (
 )
 # Linear layers in this order, too; each module defines PROVIDERS.
 _LINEAR_MODULES = ("triton_linear", "transposed_linear")
-_FIELD_MODULES = ("torch_fields", "tile_fields", "flashinfer_fields", "conv1d_fields")
+_FIELD_MODULES = ("torch_fields", "tile_fields", "flashinfer_fields", "conv1d_fields", "chunk_fields")
 _added: dict[str, Backend] = {}
 
 
