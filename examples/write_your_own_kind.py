@@ -1,4 +1,4 @@
-"""A kind of your own: a linear recurrence h[t] = decay * h[t - 1] + x[t], from a toy model to ragged batches.
+"""A kind of your own: a linear recurrence h[t] = decay * h[t - 1] + x[t], from a toy hybrid model to ragged batches.
 
 One file holds all of it: the op with its plain meaning, its facts, the door by which it enters a traced model, and the
 backend that keeps the state of each sequence. Nothing else of autodeploy has to know.
@@ -130,7 +130,10 @@ class ToyModel(PreTrainedModel):
         return self.embedding
 
     def forward(self, input_ids: Tensor, position_ids: Tensor | None = None, **_: Any) -> CausalLMOutput:
-        return CausalLMOutput(logits=self.head(scan(self.embedding(input_ids), self.decay)))
+        hidden = scan(self.embedding(input_ids), self.decay)
+        head = hidden[:, None]
+        seen = nn.functional.scaled_dot_product_attention(head, head, head, is_causal=True)
+        return CausalLMOutput(logits=self.head(hidden + seen[:, 0]))
 
 
 def greedy(model: ToyModel, prompt: list[int], count: int) -> list[int]:
@@ -144,12 +147,14 @@ def main() -> None:
     register_kind(Recurrence())
     torch.manual_seed(0)
     model = ToyModel(ToyConfig()).eval()
-    # Prompts of several lengths in one batch, and steps of 4 tokens at most, so that prompts come in chunks.
-    llm = ad.LLM(model, compile=False, max_num_seqs=3, max_num_tokens=4)
+    # Prompts of several lengths in one batch; steps of 4 tokens at most, so that prompts come in chunks; and too few
+    # pages for the attention layer, so that a request loses its state and starts again.
+    llm = ad.LLM(model, compile=False, max_num_seqs=3, max_num_tokens=4, page_size=4, num_pages=6)
     prompts = [[1, 2, 3, 4, 5, 6, 7, 8, 9], [10], [11, 12, 13]]
     for prompt, output in zip(prompts, llm.generate(prompts, ad.SamplingParams(max_tokens=6)), strict=True):
         assert list(output.token_ids) == greedy(model, prompt, 6)
         print(prompt, "->", list(output.token_ids))
+    assert llm.stats.num_preemptions > 0
     print(llm.report)
 
 
