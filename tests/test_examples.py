@@ -64,5 +64,5 @@ def test_write_your_own_backend(tmp_path: Path) -> None:
 
 
 def test_write_your_own_kind(tmp_path: Path) -> None:
-    """It compares its own answers."""
-    assert "1 cached attention nodes" in run_example("write_your_own_kind", cache=tmp_path)
+    """It compares its own answers, chunked and preempted, beside an attention layer."""
+    assert "2 cached attention nodes" in run_example("write_your_own_kind", cache=tmp_path)
