@@ -231,7 +231,7 @@ def test_values_and_bytes_are_those_of_a_real_step(model_type: str) -> None:
 def test_the_value_of_a_field_is_what_it_makes(field: fields.Field) -> None:
     batch = make_batch([(3, 2), (1, 5), (4, 0)], num_groups=2, padding_rows=1, padding_tokens=2)
     known = {"page_size": 4, "num_groups": 2, "group": 1, "span": "window_5", "kernel_size": 4, "num_kv_heads": 3}
-    known |= {"block_size": 4, "num_tokens": batch.num_tokens}
+    known |= {"block_size": 4, "chunk_size": 3, "num_tokens": batch.num_tokens}
     parameters = [known[name] for name in list(inspect.signature(field.formula).parameters)[1:]]
     layout = batch.layout()
     got = field.op(layout, *parameters)
