@@ -65,6 +65,9 @@ def _parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(required=True, metavar="command")
     _add_generate(commands.add_parser("generate", help="answer one prompt or several at once"))
     _add_apply(commands.add_parser("apply", help="run the passes on a model and show what they did"))
+    _add_coverage(
+        commands.add_parser("coverage", help="say what becomes of each layer of a model, or why nothing does")
+    )
     _add_diff(commands.add_parser("diff", help="compare two saved graphs, and fail on what must not change"))
     for name, meaning in {
         "passes": "the passes in their order",
@@ -80,6 +83,10 @@ def _parser() -> argparse.ArgumentParser:
 
 def _add_model(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("model", help="'demo', a folder, or a Hugging Face hub id")
+    _add_choices(parser)
+
+
+def _add_choices(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--dtype", choices=_DTYPES, help="of the weights; as they were saved by default")
     parser.add_argument(
         "--backend",
@@ -118,6 +125,32 @@ def _add_apply(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--html", type=Path, metavar="FILE", help="write a page that shows what each pass did")
     parser.set_defaults(run=_apply)
+
+
+def _add_coverage(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "models",
+        nargs="*",
+        metavar="model",
+        help="a model type (a tiny model with random weights), or a folder or hub id (its configuration alone)",
+    )
+    _add_choices(parser)
+    parser.add_argument("--json", action="store_true", help="print data")
+    parser.add_argument("--markdown", type=Path, metavar="FILE", help="write a page")
+    parser.add_argument(
+        "--zoo", action="store_true", help="cover all model types, or those that are named, in a process each"
+    )
+    parser.add_argument(
+        "--results",
+        type=Path,
+        default=Path("coverage.jsonl"),
+        metavar="FILE",
+        help="with --zoo: what is known is read from here and added to (default %(default)s)",
+    )
+    parser.add_argument(
+        "--limit", type=float, default=240.0, metavar="SECONDS", help="with --zoo: for each type (default %(default)s)"
+    )
+    parser.set_defaults(run=_coverage)
 
 
 def _add_diff(parser: argparse.ArgumentParser) -> None:
@@ -224,6 +257,18 @@ def _apply(args: argparse.Namespace) -> None:
     }
     for name, text in texts.items():
         (args.save / f"{name}.txt").write_text(text + "\n")
+
+
+def _coverage(args: argparse.Namespace) -> int:
+    from autodeploy.app import coverage_zoo
+
+    choices = {"--backend": args.backend, "--dtype": args.dtype, "--page-size": args.page_size}
+    if not args.models and not args.zoo:
+        raise OptionError("coverage of nothing", fix="name a model type, a folder or a hub id, or give --zoo")
+    if args.zoo and any(choices.values()):
+        given = ", ".join(name for name, value in choices.items() if value)
+        raise OptionError(f"{given} with --zoo, which is made with defaults", fix="leave it out, or --zoo")
+    return coverage_zoo.run(args, parse_backend(args.backend), _dtype(args.dtype))
 
 
 def _list(args: argparse.Namespace) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -18,9 +18,11 @@ from autodeploy.errors import DownloadError, ModelNotFound, OptionError, Unsuppo
 from autodeploy.options import refusal
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel
+    from transformers import PreTrainedConfig, PreTrainedModel
 
 DEMO = "demo"
+_CONFIG = {"config.json": "config.json"}
+_WANTED = _CONFIG | {"weights (*.safetensors)": "*.safetensors"}
 _HUB_FILES = ("*.json", "*.safetensors", "*.jinja", "*.model", "*.txt")
 _TOKENIZER_FILES = ("tokenizer*", "vocab.*", "*.tiktoken")
 # What transformers dequantizes while it loads.
@@ -73,6 +75,17 @@ def resolve_model(name: str | Path, progress: Callable[[str], None] = print_prog
     `name` is "demo", a local folder, or a Hugging Face hub id; a Path is always a folder. Raises ModelNotFound,
     DownloadError, or MissingDependency (demo only).
     """
+    return _resolve(name, progress, _WANTED, _HUB_FILES)
+
+
+def resolve_config(name: str | Path, progress: Callable[[str], None] = print_progress) -> Path:
+    """As `resolve_model`, where the folder needs no weights and none are downloaded."""
+    return _resolve(name, progress, _CONFIG, ("config.json",))
+
+
+def _resolve(
+    name: str | Path, progress: Callable[[str], None], wanted: Mapping[str, str], hub_files: Sequence[str]
+) -> Path:
     if name == DEMO:
         return demo_model(options.from_environment().cache_dir, progress)
     path = Path(os.path.expanduser(name))  # unlike Path.expanduser, leaves an unknown ~user as it is
@@ -81,15 +94,14 @@ def resolve_model(name: str | Path, progress: Callable[[str], None] = print_prog
     except (OSError, ValueError):  # a name that no file can have
         is_folder, is_there = False, True
     if is_folder:
-        return _checked(path)
+        return _checked(path, wanted)
     if isinstance(name, Path) or path.is_absolute() or name.startswith((".", "~")) or is_there:
         raise ModelNotFound(f"{str(name)!r} is not a folder", fix="give a folder, a hub id such as org/name, or 'demo'")
-    return _checked(_download_from_hub(name, progress))
+    return _checked(_download_from_hub(name, progress, hub_files), wanted)
 
 
-def _checked(folder: Path) -> Path:
-    """`folder`, once it is known to hold a configuration and weights."""
-    wanted = {"config.json": "config.json", "weights (*.safetensors)": "*.safetensors"}
+def _checked(folder: Path, wanted: Mapping[str, str]) -> Path:
+    """`folder`, once it is known to hold what is wanted, described and by pattern."""
     missing = [what for what, pattern in wanted.items() if not any(folder.glob(pattern))]
     if missing:
         raise ModelNotFound(
@@ -100,14 +112,14 @@ def _checked(folder: Path) -> Path:
     return folder
 
 
-def _download_from_hub(name: str, progress: Callable[[str], None]) -> Path:
+def _download_from_hub(name: str, progress: Callable[[str], None], files: Sequence[str]) -> Path:
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HFValidationError, RepositoryNotFoundError
 
     progress(f"fetching {name} from the Hugging Face hub")
     try:
         # Weights lie at the top of a repository; folders hold other formats.
-        folder = snapshot_download(name, allow_patterns=[*_HUB_FILES], ignore_patterns=["*/*"])
+        folder = snapshot_download(name, allow_patterns=[*files], ignore_patterns=["*/*"])
     except (HFValidationError, RepositoryNotFoundError) as error:
         raise ModelNotFound(
             f"no model {name!r} on the Hugging Face hub, or no access to it",
@@ -160,6 +172,34 @@ def load_model(path: Path, dtype: torch.dtype | None = None) -> tuple[PreTrained
     if packed:
         raise UnsupportedFeature(f"the weights are packed, {packed[0]} first", where=str(path), fix=_DEQUANTIZE)
     return model.eval(), tokenizer
+
+
+def load_unfilled(path: Path, dtype: torch.dtype | None = None) -> PreTrainedModel:
+    """The model that the configuration in `path` describes, in eval mode on the CPU, its weights never written.
+
+    Memory that nobody touches costs none, whatever the model's size; what the weights hold is left to chance. `dtype`
+    None is that of the configuration. Raises ModelNotFound and UnsupportedFeature as `load_model` does.
+    """
+    from transformers import AutoConfig, AutoModelForCausalLM
+    from transformers.initialization import no_init_weights
+
+    _check_settings(_settings(path), path)
+    try:
+        config: PreTrainedConfig = AutoConfig.from_pretrained(path, local_files_only=True, trust_remote_code=False)
+        dtypes = {} if dtype is None else {"dtype": dtype}
+        with no_init_weights():
+            model = AutoModelForCausalLM.from_config(
+                config, trust_remote_code=False, attn_implementation="eager", **dtypes
+            )
+        model.tie_weights()
+    except Exception as error:  # as in load_model
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise ModelNotFound(
+            f"not a language model that transformers can make: {reason}",
+            where=str(path),
+            fix=_REMOTE_CODE if "trust_remote_code" in str(error) else "",
+        ) from error
+    return model.eval()
 
 
 def _settings(path: Path) -> dict[str, Any]:

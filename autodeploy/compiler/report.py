@@ -169,17 +169,21 @@ def _pass_table(report: Report) -> list[str]:
         rows.append((record.name, str(record.matches), nodes, metadata, f"{record.seconds * 1e3:.1f}"))
     rows.append(("all passes", "", "", "", f"{report.seconds * 1e3:.1f}"))
     share = [f"{report.seconds / report.trace_seconds:.1%} of the time of tracing"] if report.trace_seconds else []
-    return table(rows, right=True) + share + [line for record in report.passes for line in _near_miss_lines(record)]
+    return (
+        table(rows, right=True)
+        + share
+        + [line for record in report.passes for line in near_miss_lines(record.name, record.near_misses)]
+    )
 
 
-def _near_miss_lines(record: PassRecord) -> list[str]:
-    """One line for each reason, with the first node that it was given for."""
+def near_miss_lines(name: str, misses: Sequence[NearMiss]) -> list[str]:
+    """One line for each reason, with the first node that the pass `name` gave it for."""
     first: dict[str, str] = {}
-    for miss in record.near_misses:
+    for miss in misses:
         first.setdefault(miss.reason, miss.where)
-    counts = Counter(miss.reason for miss in record.near_misses)
+    counts = Counter(miss.reason for miss in misses)
     return [
-        f"  near miss in {record.name}: {f'{counts[reason]} x ' if counts[reason] > 1 else ''}{reason} ({where})"
+        f"  near miss in {name}: {f'{counts[reason]} x ' if counts[reason] > 1 else ''}{reason} ({where})"
         for reason, where in first.items()
     ]
 

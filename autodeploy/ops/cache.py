@@ -9,7 +9,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
 from math import prod
-from typing import Any, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 
@@ -24,11 +24,17 @@ class PoolSizes(NamedTuple):
 
 @dataclass(frozen=True)
 class Cache(ABC):
-    """One cache tensor: `shape` and `dtype` of the entry of one token, or of one sequence."""
+    """One cache tensor: `shape` and `dtype` of an entry, of which each `owner` has one."""
 
+    owner: ClassVar[str]  # "token" or "sequence"
     name: str
     shape: tuple[int, ...]
     dtype: torch.dtype
+
+    @property
+    def entry_bytes(self) -> int:
+        """Bytes of one entry."""
+        return prod(self.shape) * self.dtype.itemsize
 
     @abstractmethod
     def outer(self, sizes: PoolSizes) -> tuple[Any, ...]:
@@ -47,6 +53,7 @@ class Cache(ABC):
 class Paged(Cache):
     """An entry for each token: [num_pages, page_size, *shape], addressed by the block table of KV group `group`."""
 
+    owner = "token"
     group: int = 0
 
     def outer(self, sizes: PoolSizes) -> tuple[Any, ...]:
@@ -56,6 +63,8 @@ class Paged(Cache):
 @dataclass(frozen=True)
 class State(Cache):
     """An entry for each sequence: [num_slots, *shape], addressed by its state slot."""
+
+    owner = "sequence"
 
     def outer(self, sizes: PoolSizes) -> tuple[Any, ...]:
         return (sizes.num_slots,)
