@@ -20,9 +20,10 @@ from autodeploy.kernels.registry import backends
 from autodeploy.metadata.span import Chunk, Span, Window
 from autodeploy.ops.backend import Backend
 from autodeploy.ops.cache import PoolSizes
-from autodeploy.ops.kinds import attention, causal_conv1d, kinds
+from autodeploy.ops.kinds import attention, causal_conv1d, gated_delta_rule, kinds
 from autodeploy.ops.kinds.attention import AttentionFacts
 from autodeploy.ops.kinds.causal_conv1d import ConvFacts
+from autodeploy.ops.kinds.gated_delta_rule import DeltaFacts
 from autodeploy.ops.site import Site
 from autodeploy.ops.step_kind import DECODE, MIXED, StepKind, run_as
 
@@ -60,6 +61,14 @@ CONV_SITES = {
     "bfloat16": {"dtype": torch.bfloat16, "has_bias": True},
 }
 
+DELTA_SITES = {
+    "plain": {},
+    "shared_keys": {"num_key_heads": 2, "value_dim": 6},
+    "channels": {"has_channel_decays": True},
+    "unscaled_keys": {"normalize": False, "num_key_heads": 1},
+    "bfloat16": {"dtype": torch.bfloat16, "has_channel_decays": True},
+}
+
 
 def attention_site(dtype: torch.dtype = torch.float32, span: Span = FULL, **facts: Any) -> Site:
     defaults = {"num_heads": 6, "num_kv_heads": 2, "head_dim": 16, "value_dim": 16, "scale": 0.3}
@@ -71,9 +80,15 @@ def conv_site(dtype: torch.dtype = torch.float32, **facts: Any) -> Site:
     return Site("causal_conv1d", "layer", "conv", dtype, CPU, ConvFacts(**defaults | facts))
 
 
+def delta_site(dtype: torch.dtype = torch.float32, **facts: Any) -> Site:
+    defaults = {"num_key_heads": 4, "num_heads": 4, "key_dim": 8, "value_dim": 8, "chunk_size": 4}
+    return Site("gated_delta_rule", "layer", "linear_attention", dtype, CPU, DeltaFacts(**defaults | facts))
+
+
 KINDS = {kind.name: kind for kind in kinds()}
 SITES = {f"attention-{name}": attention_site(**options) for name, options in ATTENTION_SITES.items()}
 SITES |= {f"causal_conv1d-{name}": conv_site(**options) for name, options in CONV_SITES.items()}
+SITES |= {f"gated_delta_rule-{name}": delta_site(**options) for name, options in DELTA_SITES.items()}
 
 
 CASES = [
@@ -131,6 +146,12 @@ def step(backend: Backend, site: Site, batch: Batch, inputs: Inputs, caches: tup
     return tokens_first(site, run_step(backend, pack(site, batch, inputs), caches, metadata, site))
 
 
+def tolerance(backend: Backend, site: Site) -> tuple[float, float]:
+    """That of the coarser of two dtypes: what the layer computes in, and what it caches in."""
+    tolerances = KINDS[site.kind].tolerances
+    return max(tolerances[site.dtype], tolerances[backend.caches(site)[0].dtype])
+
+
 def run_step(backend: Backend, *args: Any) -> Any:
     """One call of the backend: `append_and_attend`; what `append` and then `attend` do is the same."""
     tensors, caches, metadata, site = args
@@ -139,7 +160,7 @@ def run_step(backend: Backend, *args: Any) -> Any:
     if any(isinstance(cache, Tensor) for cache in caches):
         backend.append(tensors, same, metadata, site)
         again = backend.attend(tensors, same, metadata, site)
-        atol, rtol = KINDS[site.kind].tolerances[backend.caches(site)[0].dtype]
+        atol, rtol = tolerance(backend, site)
         torch.testing.assert_close(again, out, atol=atol, rtol=rtol, equal_nan=True)
     return out
 
@@ -241,8 +262,7 @@ def check(backend: Backend, site: Site, batch: Batch) -> None:
 
 def check_result(backend: Backend, site: Site, batch: Batch, inputs: Inputs, out: Tensor) -> None:
     """Each row of `out` [T, ...] is what the canonical op gives for the whole sequence."""
-    cache_dtype = backend.caches(site)[0].dtype
-    atol, rtol = KINDS[site.kind].tolerances[cache_dtype]
+    atol, rtol = tolerance(backend, site)
     start = 0
     for index, row in enumerate(batch.rows):
         got = out[start : start + row.query_len]
@@ -261,7 +281,7 @@ def small_case(backend: Backend, site: Site, lengths: list[tuple[int, int]]) -> 
     return site, batch, pack(site, batch, make_inputs(site, batch)), caches
 
 
-COMPILED = ("attention-gqa", "attention-all", "causal_conv1d-bias_silu")
+COMPILED = ("attention-gqa", "attention-all", "causal_conv1d-bias_silu", "gated_delta_rule-shared_keys")
 COMPILED_CASES = [case for case in CASES if str(case.id).endswith(COMPILED)]
 
 
@@ -271,7 +291,8 @@ def test_backend_compiles(backend: Backend, site: Site) -> None:
     planned, *_ = small_case(backend, site, BATCHES["mixed"])
 
     def run(tensors: tuple, layout: Tensor, caches: list[Tensor]) -> Tensor:
-        metadata = backend.metadata(layout, tensors[0].shape[2], planned)
+        num_tokens = tensors[0].shape[KINDS[planned.kind].token_dims[0]]
+        metadata = backend.metadata(layout, num_tokens, planned)
         return backend.append_and_attend(tensors, tuple(caches), metadata, planned)
 
     compiled = torch.compile(run, fullgraph=True, dynamic=True)
@@ -317,6 +338,8 @@ def test_canonical_op_is_well_formed(cu_seqlens: Tensor | None) -> None:
     torch.library.opcheck(attention.attention, (query, key, value, *per_head), options)
     hidden, weight, bias = torch.randn(1, 3, 6), torch.randn(3, 4), torch.randn(3)
     torch.library.opcheck(causal_conv1d.causal_conv1d, (hidden, weight, bias, cu_seqlens), {"activation": "silu"})
+    delta = KINDS["gated_delta_rule"].operands(delta_site(), 6)
+    torch.library.opcheck(gated_delta_rule.gated_delta_rule, (*delta, cu_seqlens), {"chunk_size": 4})
 
 
 @pytest.mark.parametrize("slopes_by", ["distance", "key position"])
@@ -339,7 +362,8 @@ def test_backend_records_on_proxies(backend: Backend) -> None:
     tracer = GraphAppendingTracer(graph)
     layout, num_tokens, *rest = (Proxy(graph.placeholder(f"input_{i}"), tracer) for i in range(7))
     count = len(backend.caches(site))
-    tensors = (*rest[: 5 - count], None, None, None) if site.kind == "attention" else (*rest[:2], None)
+    num_tensors = len(KINDS[site.kind].token_dims)
+    tensors = (*rest[: 5 - count], *[None] * num_tensors)[:num_tensors]
     out = backend.append_and_attend(tensors, tuple(rest[5 - count :]), backend.metadata(layout, num_tokens, site), site)
     assert isinstance(out, Proxy)
     graph.output(out.node)

@@ -31,6 +31,7 @@ _BACKEND_MODULES = (
     "causal_conv1d_package",
     "sdpa",
     "torch_conv1d",
+    "torch_delta_rule",
 )
 # Linear layers in this order, too; each module defines PROVIDERS.
 _LINEAR_MODULES = ("triton_linear", "transposed_linear")
