@@ -19,7 +19,7 @@ from torch.utils._pytree import tree_map
 from autodeploy.kernels.registry import backends
 from autodeploy.metadata.span import Chunk, Span, Window
 from autodeploy.ops.backend import Backend
-from autodeploy.ops.cache import PoolSizes
+from autodeploy.ops.cache import PoolSizes, State
 from autodeploy.ops.kinds import attention, causal_conv1d, gated_delta_rule, kinds
 from autodeploy.ops.kinds.attention import AttentionFacts
 from autodeploy.ops.kinds.causal_conv1d import ConvFacts
@@ -240,6 +240,15 @@ def test_backend_on_random_batches(backend: Backend, seed: int) -> None:
         seed=seed,
     )
     check(backend, site, batch)
+
+
+STATEFUL = [case for case in CASES if isinstance(case.values[0].caches(case.values[1])[0], State)]
+
+
+@pytest.mark.parametrize(("backend", "site"), STATEFUL)
+def test_prompt_in_two_steps(backend: Backend, site: Site) -> None:
+    """A state goes on wherever a prompt of 37 tokens was cut, each cut in a sequence of its own."""
+    check(backend, site, make_batch([(37 - cut, cut) for cut in range(1, 37)]))
 
 
 def check(backend: Backend, site: Site, batch: Batch) -> None:

@@ -1,9 +1,9 @@
-"""The gated delta rule from cached states in plain torch: all chunks of a ragged batch at once, then their states.
+"""The gated delta rule from cached states in plain torch, over all sequences of a ragged batch at once.
 
-What a chunk does without a state is computed for all chunks together; then the first chunks of all sequences advance
-their states, then the second ones. Sequences with one new token take the one-token form.
+The first chunks of all sequences advance their states, then the second ones, and so on: what is computed at once stays
+small. Sequences with one new token take the one-token form.
 
-Shapes: S sequences, T packed tokens, C chunks of L tokens, H value heads, K key size, V value size.
+Shapes: S sequences, T packed tokens, L tokens of a chunk, H value heads, K key size, V value size.
 """
 
 from __future__ import annotations
@@ -16,12 +16,13 @@ from torch import Tensor
 from autodeploy.kernels import chunk_fields
 from autodeploy.metadata import fields
 from autodeploy.ops.backend import Backend
-from autodeploy.ops.kinds.gated_delta_rule import CachedDeltaRule, Chunks, Inputs, chunks_of, prepare, run_token
+from autodeploy.ops.kinds.gated_delta_rule import CachedDeltaRule, Inputs, prepare, run_chunk, run_token
 from autodeploy.ops.site import Site
 from autodeploy.ops.step_kind import DECODE, MIXED, StepKind
 
-# States that advance by a token at once: then they stay in the processor's cache between the passes over them.
-_STATE_BYTES = 4 << 20
+# Bytes of a state from which on a CPU advances one after another, as its cache holds one but not all of them: 16 of
+# 1 MiB took 3 ms instead of 20.
+_LARGE_STATE = 128 << 10
 
 _library = torch.library.Library("autodeploy", "FRAGMENT")
 _library.define(
@@ -61,19 +62,17 @@ def _gated_delta_rule(
     # One place more than there are tokens: chunks read zeros there, and write what nobody reads.
     inputs_T1 = Inputs(*(torch.cat([tensor, torch.zeros_like(tensor[:1])]) for tensor in inputs_T))
     out_T1HV = torch.zeros_like(inputs_T1.value)
-    starts = cu_seqlens_q.tolist()
-    lengths = [stop - start for start, stop in zip(starts, starts[1:], strict=False)]
+    lengths = cu_seqlens_q.diff().tolist()
     if short := [row for row, length in enumerate(lengths) if length == 1]:
-        tokens = cu_seqlens_q[short]
-        inputs = Inputs(*(tensor[tokens] for tensor in inputs_T))
-        out_T1HV[tokens] = _run_tokens(inputs, state_cache, slots_S[short], has_initial_state[short])
+        tokens, goes_on = cu_seqlens_q[short], has_initial_state[short]
+        out_T1HV[tokens] = _run_tokens(inputs_T.at(tokens), state_cache, slots_S[short], goes_on)
     if long := [row for row, length in enumerate(lengths) if length > 1]:
-        begin = cu_chunks.tolist()
-        of_rows = [range(begin[row], begin[row + 1]) for row in long]
-        tokens_CL = chunk_tokens[[chunk for chunks in of_rows for chunk in chunks]]
-        chunks = chunks_of(Inputs(*(tensor[tokens_CL] for tensor in inputs_T1)))
         states_S = _states(state_cache, slots_S[long], has_initial_state[long])
-        out_T1HV[tokens_CL] = _run_chunks(chunks, [len(chunks) for chunks in of_rows], states_S).transpose(1, 2)
+        begin = cu_chunks.tolist()
+        for chunk in range(max(begin[row + 1] - begin[row] for row in long)):
+            now = [index for index, row in enumerate(long) if chunk < begin[row + 1] - begin[row]]
+            tokens_RL = chunk_tokens[[begin[long[index]] + chunk for index in now]]
+            out_T1HV[tokens_RL], states_S[now] = run_chunk(inputs_T1.at(tokens_RL), states_S[now])
         state_cache[slots_S[long]] = states_S
     return out_T1HV[None, :-1].to(query.dtype)
 
@@ -90,29 +89,20 @@ def _states(state_cache: Tensor, slots_S: Tensor, goes_on_S: Tensor) -> Tensor:
 
 def _run_tokens(inputs_S: Inputs, state_cache: Tensor, slots_S: Tensor, goes_on_S: Tensor) -> Tensor:
     """Advance each state by one token: [S, H, V]."""
-    rows = max(1, _STATE_BYTES // state_cache[0].nbytes) if state_cache.device.type == "cpu" else len(slots_S)
+    if state_cache.device.type != "cpu" or state_cache[0].nbytes < _LARGE_STATE:
+        out, state_cache[slots_S] = run_token(inputs_S, _states(state_cache, slots_S, goes_on_S))
+        return out
     outs = []
-    for *tensors, slots, goes_on in zip(*(tensor.split(rows) for tensor in (*inputs_S, slots_S, goes_on_S)), strict=True):
-        out, state = run_token(Inputs(*tensors), _states(state_cache, slots, goes_on))
-        state_cache[slots] = state
+    for row, (slot, goes_on) in enumerate(zip(slots_S.tolist(), goes_on_S.tolist(), strict=True)):
+        state = state_cache[slot : slot + 1] if goes_on else torch.zeros_like(state_cache[:1])
+        out, state_cache[slot : slot + 1] = run_token(inputs_S.at(slice(row, row + 1)), state)
         outs.append(out)
     return torch.cat(outs)
 
 
-def _run_chunks(chunks: Chunks, counts: list[int], states_S: Tensor) -> Tensor:
-    """Advance `states_S` in place by `counts` chunks of each sequence, which lie end to end: [C, H, L, V]."""
-    out = torch.empty_like(chunks.values)
-    first = [sum(counts[:row]) for row in range(len(counts))]
-    for index in range(max(counts)):
-        rows = [row for row, count in enumerate(counts) if count > index]
-        now = [first[row] + index for row in rows]
-        out[now], states_S[rows] = Chunks(*(tensor[now] for tensor in chunks)).run(states_S[rows])
-    return out
-
-
 class TorchDeltaRule(CachedDeltaRule):
     name = "torch_delta_rule"
-    meaning = "all chunks of the batch at once, then their states one after another"
+    meaning = "chunks of all sequences at once; one token of each in a decode step"
 
     def metadata(self, layout: Tensor, num_tokens: int, site: Site) -> dict[str, Tensor]:
         size = site.facts.chunk_size

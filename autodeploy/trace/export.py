@@ -1,8 +1,8 @@
 """`trace(model)`: torch.export of a transformers causal LM, with what layers ask of attention kept as canonical nodes.
 
 Before: `model.forward(input_ids, attention_mask, position_ids, past_key_values, ...)`, Python.
-After:  `gm(input_ids [B, S] int64, position_ids [B, S] int64) -> logits [B, S, V]`, ATen plus one
-`autodeploy::attention` or `autodeploy::causal_conv1d` node per stateful layer; weights are the model's own.
+After:  `gm(input_ids [B, S] int64, position_ids [B, S] int64) -> logits [B, S, V]`, ATen plus one canonical node, such
+as `autodeploy::attention`, for whatever mixes the tokens of a layer; weights are the model's own.
 """
 
 from __future__ import annotations

@@ -14,6 +14,7 @@ Shapes: B batch, S tokens, G key heads, H value heads (G divides H), K key size,
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any, NamedTuple
@@ -64,7 +65,9 @@ def gated_delta_rule(
     out = torch.zeros_like(inputs.value)
     for start, stop in pairwise(bounds):
         if start < stop:
-            out[:, start:stop] = run_chunks(inputs.tokens(start, stop), inputs.empty_state(), chunk_size)[0]
+            out[:, start:stop] = run_chunks(
+                inputs.at(slice(None), slice(start, stop)), inputs.empty_state(), chunk_size
+            )[0]
     return out.to(query.dtype)
 
 
@@ -82,9 +85,9 @@ class Inputs(NamedTuple):
     decay: Tensor
     beta: Tensor
 
-    def tokens(self, start: int, stop: int) -> Inputs:
-        """Those of some tokens, where these are the second dimension."""
-        return Inputs(*(tensor[:, start:stop] for tensor in self))
+    def at(self, *index: Any) -> Inputs:
+        """Those of some tokens."""
+        return Inputs(*(tensor[index] for tensor in self))
 
     def empty_state(self) -> Tensor:
         """[B, H, K, V] for inputs [B, S, H, ...]."""
@@ -105,74 +108,57 @@ def run_token(token: Inputs, state: Tensor) -> tuple[Tensor, Tensor]:
     """One token of each sequence, inputs [N, H, ...], from its state [N, H, K, V]: [N, H, V] and the next state."""
     state = state * token.decay.exp()[..., None]
     change = (token.value - (token.key[..., None, :] @ state)[..., 0, :]) * token.beta
-    state = state + token.key[..., None] * change[..., None, :]
+    state = torch.addcmul(state, token.key[..., None], change[..., None, :])
     return (token.query[..., None, :] @ state)[..., 0, :], state
 
 
-class Chunks(NamedTuple):
-    """Chunks [..., H, L, ...] as far as they do not depend on the state that they begin with.
+def run_chunk(chunk: Inputs, state: Tensor) -> tuple[Tensor, Tensor]:
+    """One chunk of each sequence, inputs [N, L, H, ...], from its state: [N, L, H, V] and the next state.
 
-    The state sees `query` and is seen by `key`, both decayed; `values` are written where nothing has been yet, less
-    `reads` of what has; `scores` are those of queries and keys of the chunk; `decay` is that of the whole chunk.
+    Places without a token, behind the others, are zero in all inputs.
     """
-
-    query: Tensor
-    key: Tensor
-    values: Tensor
-    reads: Tensor
-    scores: Tensor
-    decay: Tensor
-
-    def run(self, state: Tensor) -> tuple[Tensor, Tensor]:
-        """One chunk of each sequence from its state [..., H, K, V]: [..., H, L, V] and the next state."""
-        values = self.values - self.reads @ state
-        return self.query @ state + self.scores @ values, state * self.decay + self.key.mT @ values
-
-
-def chunks_of(inputs: Inputs) -> Chunks:
-    """The chunks whose inputs are [..., L, H, ...]; places without a token are zero in all of them."""
-    query, key, value, decay, beta = (tensor.transpose(-3, -2) for tensor in inputs)
-    total = decay.cumsum(-2)
+    query, key, value, decay, beta = (tensor.transpose(1, 2).contiguous() for tensor in chunk)
+    total = decay.cumsum(2)
+    end = total[:, :, -1:]
+    system, scores = _scores((key * beta, query), key, total)
     # The corrections of a chunk's tokens depend on one another: a unitriangular system (UT transform).
-    system = _scores(key * beta, key, total)
     target = torch.cat([value, key * total.exp()], dim=-1) * beta
     solved = torch.linalg.solve_triangular(system, target, upper=False, unitriangular=True)
-    values, reads = solved.split([value.shape[-1], key.shape[-1]], dim=-1)
-    end = total[..., -1:, :]
-    scores = _scores(query, key, total).tril()
-    return Chunks(query * total.exp(), key * (end - total).exp(), values, reads, scores, end.exp().mT)
+    written, read = solved.split([value.shape[-1], key.shape[-1]], dim=-1)
+    change = written - read @ state
+    out = query * total.exp() @ state + scores.tril() @ change
+    return out.transpose(1, 2), state * end.exp().mT + (key * (end - total).exp()).mT @ change
 
 
-def _scores(query: Tensor, key: Tensor, total: Tensor) -> Tensor:
-    """Σ_k query[i, k] · key[j, k] · exp(total[i, k] - total[j, k]) in the lower triangle, anything above: [..., L, L].
+def _scores(queries: tuple[Tensor, ...], key: Tensor, total: Tensor) -> Sequence[Tensor]:
+    """For each of `queries`: Σ_k query[i, k] · key[j, k] · exp(total[i, k] - total[j, k]) where i >= j, anything above.
 
-    Decays per channel are not a factor of the scores. They are split at the first row of a block, so that no exponent
-    is positive, but within the block itself.
+    All are [N, H, L, K], `total` [N, H, L, 1 or K] -> [N, H, L, L]. A decay per channel is no factor of a score: it is
+    split at the first row of a block, so that no exponent is positive, and multiplied out within the block.
     """
     if total.shape[-1] == 1:
-        return query @ key.mT * (total - total.mT).clamp(max=0).exp()
-    scores = query.new_zeros(*query.shape[:-1], key.shape[-2])
-    for start in range(0, query.shape[-2], _BLOCK):
+        weight = (total - total.mT).clamp(max=0).exp()
+        return [query @ key.mT * weight for query in queries]
+    query = torch.stack(queries, dim=3)
+    scores = torch.zeros(*query.shape[:4], key.shape[2], device=key.device)
+    for start in range(0, key.shape[2], _BLOCK):
         rows = slice(start, start + _BLOCK)
-        first, own = total[..., start : start + 1, :], total[..., rows, :]
-        before = key[..., :start, :] * (first - total[..., :start, :]).exp()
-        scores[..., rows, :start] = query[..., rows, :] * (own - first).exp() @ before.mT
-        pairs = (own[..., :, None, :] - own[..., None, :, :]).clamp(max=0).exp() * key[..., None, rows, :]
-        scores[..., rows, rows] = (query[..., rows, None, :] * pairs).sum(-1)
-    return scores
+        first, own = total[:, :, start : start + 1], total[:, :, rows]
+        left = (query[:, :, rows] * (own - first).exp()[:, :, :, None]).flatten(2, 3)
+        before = key[:, :, :start] * (first - total[:, :, :start]).exp()
+        scores[:, :, rows, :, :start] = (left @ before.mT).unflatten(2, (-1, len(queries)))
+        pairs = (own[:, :, :, None] - own[:, :, None]).clamp(max=0).exp() * key[:, :, None, rows]
+        scores[:, :, rows, :, rows] = query[:, :, rows] @ pairs.mT
+    return scores.unbind(3)
 
 
 def run_chunks(inputs: Inputs, state: Tensor, chunk_size: int) -> tuple[Tensor, Tensor]:
     """Sequences of the same length, inputs [B, S, H, ...], from their states [B, H, K, V]: [B, S, H, V] and states."""
-    length = inputs.value.shape[1]
-    missing = -length % chunk_size
-    padded = (F.pad(tensor, (0, 0, 0, 0, 0, missing)) for tensor in inputs)
-    chunks = chunks_of(Inputs(*(tensor.unflatten(1, (-1, chunk_size)) for tensor in padded)))
-    outs = []
-    for index in range(chunks.query.shape[1]):
-        out, state = Chunks(*(tensor[:, index] for tensor in chunks)).run(state)
+    length, outs = inputs.value.shape[1], []
+    for start in range(0, length, chunk_size):
+        out, state = run_chunk(inputs.at(slice(None), slice(start, start + chunk_size)), state)
         outs.append(out)
-    return torch.cat(outs, dim=2).transpose(1, 2)[:, :length], state
+    return torch.cat(outs, dim=1), state
 
 
 @dataclass(frozen=True)
@@ -312,7 +298,7 @@ def reference_cached_gated_delta_rule(
     for row, (slot, goes_on) in enumerate(zip(state_slots.tolist(), has_initial_state.tolist(), strict=True)):
         state = state_cache[slot][None] if goes_on else inputs.empty_state()
         for token in range(starts[row], starts[row + 1]):
-            out[:, token], state = run_token(Inputs(*(tensor[:, token] for tensor in inputs)), state)
+            out[:, token], state = run_token(inputs.at(slice(None), token), state)
         if starts[row] < starts[row + 1]:
             state_cache[slot] = state[0]
     return out.to(query.dtype)
