@@ -20,10 +20,11 @@ from autodeploy.kernels.registry import backends
 from autodeploy.metadata.span import Chunk, Span, Window
 from autodeploy.ops.backend import Backend
 from autodeploy.ops.cache import PoolSizes, State
-from autodeploy.ops.kinds import attention, causal_conv1d, gated_delta_rule, kinds
+from autodeploy.ops.kinds import attention, causal_conv1d, gated_delta_rule, kinds, linear_recurrence
 from autodeploy.ops.kinds.attention import AttentionFacts
 from autodeploy.ops.kinds.causal_conv1d import ConvFacts
 from autodeploy.ops.kinds.gated_delta_rule import DeltaFacts
+from autodeploy.ops.kinds.linear_recurrence import RecurrenceFacts
 from autodeploy.ops.site import Site
 from autodeploy.ops.step_kind import DECODE, MIXED, StepKind, run_as
 
@@ -85,10 +86,15 @@ def delta_site(dtype: torch.dtype = torch.float32, **facts: Any) -> Site:
     return Site("gated_delta_rule", "layer", "linear_attention", dtype, CPU, DeltaFacts(**defaults | facts))
 
 
+def recurrence_site(dtype: torch.dtype) -> Site:
+    return Site("linear_recurrence", "layer", "linear_attention", dtype, CPU, RecurrenceFacts(10))
+
+
 KINDS = {kind.name: kind for kind in kinds()}
 SITES = {f"attention-{name}": attention_site(**options) for name, options in ATTENTION_SITES.items()}
 SITES |= {f"causal_conv1d-{name}": conv_site(**options) for name, options in CONV_SITES.items()}
 SITES |= {f"gated_delta_rule-{name}": delta_site(**options) for name, options in DELTA_SITES.items()}
+SITES |= {f"linear_recurrence-{dtype}": recurrence_site(dtype) for dtype in (torch.float32, torch.bfloat16)}
 
 
 CASES = [
@@ -291,6 +297,7 @@ def small_case(backend: Backend, site: Site, lengths: list[tuple[int, int]]) -> 
 
 
 COMPILED = ("attention-gqa", "attention-all", "causal_conv1d-bias_silu", "gated_delta_rule-shared_keys")
+COMPILED += ("linear_recurrence-torch.float32",)
 COMPILED_CASES = [case for case in CASES if str(case.id).endswith(COMPILED)]
 
 
@@ -349,6 +356,7 @@ def test_canonical_op_is_well_formed(cu_seqlens: Tensor | None) -> None:
     torch.library.opcheck(causal_conv1d.causal_conv1d, (hidden, weight, bias, cu_seqlens), {"activation": "silu"})
     delta = KINDS["gated_delta_rule"].operands(delta_site(), 6)
     torch.library.opcheck(gated_delta_rule.gated_delta_rule, (*delta, cu_seqlens), {"chunk_size": 4})
+    torch.library.opcheck(linear_recurrence.linear_recurrence, (torch.randn(1, 6, 3), torch.rand(1, 6, 3), cu_seqlens))
 
 
 @pytest.mark.parametrize("slopes_by", ["distance", "key position"])

@@ -18,11 +18,12 @@ from autodeploy.attention_forms.flex import FLEX, WrittenOut, erase_idle_lists, 
 from autodeploy.attention_forms.match import SDPA, SOFTMAXES, Matcher
 from autodeploy.attention_forms.rewrite import rewrite
 from autodeploy.errors import NoAttentionFound
-from autodeploy.graph.edit import near_miss, take_near_misses
+from autodeploy.graph.edit import near_miss, record, take_near_misses
 from autodeploy.graph.in_place import out_of_place
 from autodeploy.graph.location import node_location
 from autodeploy.graph.meta import VALUE
-from autodeploy.graph.values import retype
+from autodeploy.graph.values import replace_node, retype
+from autodeploy.ops.kind import Kind
 from autodeploy.ops.kinds import kind_of, kinds
 
 _HEARTS = (SDPA, *SOFTMAXES)
@@ -55,15 +56,25 @@ def find(gm: fx.GraphModule, *, where: str = "") -> list[fx.Node]:
         if reason is not None:
             near_miss(gm, heart.node, reason)
     retype(gm.graph, stale)
-    for name, op in [(kind.name, op) for kind in kinds() for op in kind.near]:
-        for node in gm.graph.find_nodes(op="call_function", target=op):
-            near_miss(gm, node, f"mixes tokens, but came through no door of {name}")
+    for kind in kinds():
+        _recognize(gm, kind)
     canonical = [node for node in gm.graph.nodes if kind_of(node.target) is not None]
     if not canonical:
         raise _no_attention(gm, where or type(gm).__name__)
     if any(heart.written for heart in hearts):
         erase_idle_lists(gm)
     return canonical
+
+
+def _recognize(gm: fx.GraphModule, kind: Kind) -> None:
+    """Make canonical what the model wrote itself of `kind`; what only came near is a near miss."""
+    for node in [node for op in kind.near for node in gm.graph.find_nodes(op="call_function", target=op) if node.users]:
+        written = kind.recognize(node)
+        if written is None:
+            near_miss(gm, node, f"mixes tokens, but came through no door of {kind.name}")
+        else:
+            new = record(written.output, written.canonical, *written.inputs)
+            retype(gm.graph, replace_node(written.output, new))
 
 
 def needs_finding(gm: fx.GraphModule) -> bool:

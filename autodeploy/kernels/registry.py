@@ -32,6 +32,7 @@ _BACKEND_MODULES = (
     "sdpa",
     "torch_conv1d",
     "torch_delta_rule",
+    "torch_recurrence",
 )
 # Linear layers in this order, too; each module defines PROVIDERS.
 _LINEAR_MODULES = ("triton_linear", "transposed_linear")

@@ -26,10 +26,20 @@ class Door:
     owner: str | None = None
 
 
+@dataclass(frozen=True)
+class Written:
+    """What a model wrote itself: `output` is what `canonical`, a function that calls the canonical op, gives for
+    `inputs`."""
+
+    output: fx.Node
+    canonical: Callable[..., Any]
+    inputs: tuple[fx.Node | None, ...]
+
+
 class Kind(ABC, Generic[F]):
     """One sort of attention node: any that mixes tokens along the sequence.
 
-    `op` is the canonical overload, `near` ATen ops that a node of this kind would be made of where it was not found.
+    `op` is the canonical overload, `near` ATen ops that a node of this kind is made of where the model wrote it itself.
     `layer_types` are all that `describe` gives. `tolerances` are (atol, rtol) by dtype of a backend against the op.
     `token_dims` says which dimension of each of a node's tensors holds tokens, None for what all tokens share, and
     `result_dim` which one of its result does.
@@ -76,3 +86,7 @@ class Kind(ABC, Generic[F]):
         Empty where nobody can share.
         """
         return ()
+
+    def recognize(self, node: fx.Node) -> Written | None:
+        """What the model wrote around `node`, an op of `near` with users; None where this kind has no words for it."""
+        return None

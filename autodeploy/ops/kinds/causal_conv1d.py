@@ -10,14 +10,16 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx
+from torch.fx.experimental.symbolic_shapes import statically_known_true, sym_eq
 from torch.nn import functional as F
 
 from autodeploy.errors import UnsupportedFeature
 from autodeploy.graph.location import node_location
+from autodeploy.graph.meta import VALUE
 from autodeploy.metadata import fields
 from autodeploy.ops.backend import Backend, why_not_dtype
 from autodeploy.ops.cache import Cache, State
-from autodeploy.ops.kind import Door, Kind
+from autodeploy.ops.kind import Door, Kind, Written
 from autodeploy.ops.site import Site, path_of, recorded
 
 ACTIVATIONS = (None, "silu", "swish")
@@ -103,6 +105,23 @@ def _causal_conv1d_fn(
     return causal_conv1d(hidden_states, weight, bias, activation=activation)
 
 
+# Of ATen's conv1d: bias, stride, padding, dilation and groups.
+_CONV1D_DEFAULTS = (None, [1], [0], [1], 1)
+
+
+def _is_zeros_in_front(node: fx.Node, count: int) -> bool:
+    """Whether `node` pads the last dimension by that many zeros in front alone."""
+    if node.target not in (torch.ops.aten.pad.default, torch.ops.aten.constant_pad_nd.default):
+        return False
+    widths, *options = node.args[1:]
+    is_zero = all(option in ("constant", 0, None) for option in options) and not node.kwargs
+    return is_zero and list(widths) == [count, 0]
+
+
+def _written(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    return torch.ops.autodeploy.causal_conv1d.default(hidden, torch.ops.aten.squeeze.dim(weight, 1), bias)
+
+
 class CausalConv1d(Kind[ConvFacts]):
     name = "causal_conv1d"
     meaning = "depthwise causal convolution with a rolling state"
@@ -117,6 +136,28 @@ class CausalConv1d(Kind[ConvFacts]):
     @property
     def reference(self) -> Backend:
         return _REFERENCE
+
+    def recognize(self, node: fx.Node) -> Written | None:
+        """A depthwise convolution of zeros and a sequence, or of zeros on both sides that is cut to the sequence."""
+        if not all(VALUE.on(arg) for arg in node.all_input_nodes):
+            return None
+        hidden, weight, bias, stride, padding, dilation, groups = (*node.args, *_CONV1D_DEFAULTS[len(node.args) - 2 :])
+        channels, shared, taps = VALUE.of(weight).shape
+        if (shared, groups, list(stride), list(dilation)) != (1, channels, [1], [1]):
+            return None
+        output = node
+        if list(padding) == [taps - 1]:
+            output = next(iter(node.users))
+            if (
+                len(node.users) > 1
+                or output.target is not torch.ops.aten.slice.Tensor
+                or output.args[2] not in (None, 0)
+            ):
+                return None
+        elif _is_zeros_in_front(hidden, taps - 1):
+            hidden = hidden.args[0]
+        is_cut = statically_known_true(sym_eq(VALUE.of(output).shape, VALUE.of(hidden).shape))
+        return Written(output, _written, (hidden, weight, bias)) if is_cut else None
 
     def tensors(self, node: fx.Node) -> tuple[Any, ...]:
         """hidden, weight, bias."""
