@@ -6,7 +6,7 @@ Shapes: B batch, C channels, S tokens, K taps.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, fx
@@ -113,7 +113,7 @@ def _is_zeros_in_front(node: fx.Node, count: int) -> bool:
     """Whether `node` pads the last dimension by that many zeros in front alone."""
     if node.target not in (torch.ops.aten.pad.default, torch.ops.aten.constant_pad_nd.default):
         return False
-    widths, *options = node.args[1:]
+    widths, *options = cast(Any, node.args[1:])
     is_zero = all(option in ("constant", 0, None) for option in options) and not node.kwargs
     return is_zero and list(widths) == [count, 0]
 
@@ -141,7 +141,8 @@ class CausalConv1d(Kind[ConvFacts]):
         """A depthwise convolution of zeros and a sequence, or of zeros on both sides that is cut to the sequence."""
         if not all(VALUE.on(arg) for arg in node.all_input_nodes):
             return None
-        hidden, weight, bias, stride, padding, dilation, groups = (*node.args, *_CONV1D_DEFAULTS[len(node.args) - 2 :])
+        arguments: Any = (*node.args, *_CONV1D_DEFAULTS[len(node.args) - 2 :])
+        hidden, weight, bias, stride, padding, dilation, groups = arguments
         channels, shared, taps = VALUE.of(weight).shape
         if (shared, groups, list(stride), list(dilation)) != (1, channels, [1], [1]):
             return None
