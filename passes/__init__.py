@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from autodeploy.graph.edit import Pass
 from passes.canonicalize import Canonicalize
 from passes.find_attention import FindAttention
+from passes.find_latent_attention import FindLatentAttention
 from passes.gather_logits import GatherLogits
 from passes.insert_cached_attention import InsertCachedAttention
 from passes.lower_fields import LowerFields
@@ -18,6 +19,7 @@ from passes.specialize_step import SpecializeStep
 __all__ = [
     "Canonicalize",
     "FindAttention",
+    "FindLatentAttention",
     "GatherLogits",
     "InsertCachedAttention",
     "LowerFields",
@@ -34,6 +36,7 @@ def default(backend: str | Mapping[str, str] = "auto", page_size: int | None = N
     return [
         Canonicalize(),
         FindAttention(),
+        FindLatentAttention(),
         NestInputs(),
         GatherLogits(),
         InsertCachedAttention(backend, page_size),

@@ -25,8 +25,9 @@ def tensors(batch: int, length: int, dtype: torch.dtype = torch.float32) -> tupl
 
 def export(form: Form, inputs: tuple[Tensor, ...], max_length: int | None = None) -> fx.GraphModule:
     """The canonicalized graph of `form(*inputs)`, for any size where a dimension is 3 (the batch) or 7 (the length)."""
-    model = torch.nn.Module()
-    model.forward = form
+    model = form if isinstance(form, torch.nn.Module) else torch.nn.Module()
+    if model is not form:
+        model.forward = form
     dims = {3: torch.export.Dim("batch", min=2), 7: torch.export.Dim("length", min=3, max=max_length)}
     shapes = tuple({dim: dims[size] for dim, size in enumerate(x.shape) if size in dims} for x in inputs)
     with torch.no_grad():

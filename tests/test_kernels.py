@@ -19,11 +19,12 @@ from torch.utils._pytree import tree_map
 from autodeploy.kernels.registry import backends
 from autodeploy.metadata.span import Chunk, Span, Window
 from autodeploy.ops.backend import Backend
-from autodeploy.ops.cache import PoolSizes, State
-from autodeploy.ops.kinds import attention, causal_conv1d, gated_delta_rule, kinds, linear_recurrence
+from autodeploy.ops.cache import Paged, PoolSizes, State
+from autodeploy.ops.kinds import attention, causal_conv1d, gated_delta_rule, kinds, latent_attention, linear_recurrence
 from autodeploy.ops.kinds.attention import AttentionFacts
 from autodeploy.ops.kinds.causal_conv1d import ConvFacts
 from autodeploy.ops.kinds.gated_delta_rule import DeltaFacts
+from autodeploy.ops.kinds.latent_attention import LatentFacts
 from autodeploy.ops.kinds.linear_recurrence import RecurrenceFacts
 from autodeploy.ops.site import Site
 from autodeploy.ops.step_kind import DECODE, MIXED, StepKind, run_as
@@ -70,6 +71,15 @@ DELTA_SITES = {
     "bfloat16": {"dtype": torch.bfloat16, "has_channel_decays": True},
 }
 
+LATENT_SITES = {
+    "plain": {},
+    "window": {"span": Window(5)},
+    "chunk": {"span": Chunk(6), "value_dim": 24},
+    "small": {"latent_dim": 4, "shared_dim": 2, "value_dim": 5},
+    "bfloat16": {"dtype": torch.bfloat16},
+    "float64": {"dtype": torch.float64, "num_heads": 1},
+}
+
 
 def attention_site(dtype: torch.dtype = torch.float32, span: Span = FULL, **facts: Any) -> Site:
     defaults = {"num_heads": 6, "num_kv_heads": 2, "head_dim": 16, "value_dim": 16, "scale": 0.3}
@@ -90,11 +100,17 @@ def recurrence_site(dtype: torch.dtype) -> Site:
     return Site("linear_recurrence", "layer", "linear_attention", dtype, CPU, RecurrenceFacts(10))
 
 
+def latent_site(dtype: torch.dtype = torch.float32, span: Span = FULL, **facts: Any) -> Site:
+    defaults = {"num_heads": 3, "own_dim": 8, "shared_dim": 4, "latent_dim": 16, "value_dim": 8, "scale": 0.3}
+    return Site("latent_attention", "layer", "any", dtype, CPU, LatentFacts(**defaults | facts), span)
+
+
 KINDS = {kind.name: kind for kind in kinds()}
 SITES = {f"attention-{name}": attention_site(**options) for name, options in ATTENTION_SITES.items()}
 SITES |= {f"causal_conv1d-{name}": conv_site(**options) for name, options in CONV_SITES.items()}
 SITES |= {f"gated_delta_rule-{name}": delta_site(**options) for name, options in DELTA_SITES.items()}
 SITES |= {f"linear_recurrence-{dtype}": recurrence_site(dtype) for dtype in (torch.float32, torch.bfloat16)}
+SITES |= {f"latent_attention-{name}": latent_site(**options) for name, options in LATENT_SITES.items()}
 
 
 CASES = [
@@ -193,9 +209,13 @@ def drop_unread_pages(batch: Batch, span: Span) -> Batch:
     return replace(batch, rows=tuple(drop(row) for row in batch.rows))
 
 
-def poison_unowned(site: Site, batch: Batch, caches: tuple[Tensor, ...]) -> list[int]:
+def is_paged(backend: Backend, site: Site) -> bool:
+    return isinstance(backend.caches(site)[0], Paged)
+
+
+def poison_unowned(backend: Backend, site: Site, batch: Batch, caches: tuple[Tensor, ...]) -> list[int]:
     """Fill what no sequence owns (and states that nobody goes on from) with NaN; the indices of what is owned."""
-    if site.kind == "attention":
+    if is_paged(backend, site):
         owned = {page for row in batch.rows for page in row.tables[site.group]} - {0}
         live = owned
     else:
@@ -207,13 +227,13 @@ def poison_unowned(site: Site, batch: Batch, caches: tuple[Tensor, ...]) -> list
     return sorted(owned)
 
 
-def assert_written(site: Site, batch: Batch, before: Tensor, after: Tensor, owned: list[int]) -> None:
+def assert_written(paged: bool, batch: Batch, before: Tensor, after: Tensor, owned: list[int]) -> None:
     """Nothing changed outside of what is owned and the scratch place 0, and inside only the new tokens' slots."""
     changed = (before != after) & ~(before.isnan() & after.isnan())
     others = sorted(set(range(1, len(before))) - set(owned))
     assert not changed[others].any()
     assert not after[owned].isnan()[before[owned].isfinite()].any()
-    if site.kind == "attention":
+    if paged:
         assert int(changed[owned].sum()) == batch.total * before[0, 0].numel()
 
 
@@ -265,14 +285,14 @@ def check(backend: Backend, site: Site, batch: Batch) -> None:
     caches = make_caches(backend, site, batch)
     step(backend, site, context_batch(batch), inputs, caches)
     batch = drop_unread_pages(batch, site.span)
-    owned = poison_unowned(site, batch, caches)
+    owned = poison_unowned(backend, site, batch, caches)
     for kind in step_kinds(batch):
         after = tuple(cache.clone() for cache in caches)
         with run_as(kind):
             out = step(backend, site, batch, inputs, after).cpu()
         check_result(backend, site, batch, inputs, out)
         for old, new in zip(caches, after, strict=True):
-            assert_written(site, batch, old.double(), new.double(), owned)
+            assert_written(is_paged(backend, site), batch, old.double(), new.double(), owned)
 
 
 def check_result(backend: Backend, site: Site, batch: Batch, inputs: Inputs, out: Tensor) -> None:
@@ -296,8 +316,8 @@ def small_case(backend: Backend, site: Site, lengths: list[tuple[int, int]]) -> 
     return site, batch, pack(site, batch, make_inputs(site, batch)), caches
 
 
-COMPILED = ("attention-gqa", "attention-all", "causal_conv1d-bias_silu", "gated_delta_rule-shared_keys")
-COMPILED += ("linear_recurrence-torch.float32",)
+COMPILED = ("-attention-gqa", "-attention-all", "causal_conv1d-bias_silu", "gated_delta_rule-shared_keys")
+COMPILED += ("linear_recurrence-torch.float32", "latent_attention-plain")
 COMPILED_CASES = [case for case in CASES if str(case.id).endswith(COMPILED)]
 
 
@@ -357,6 +377,8 @@ def test_canonical_op_is_well_formed(cu_seqlens: Tensor | None) -> None:
     delta = KINDS["gated_delta_rule"].operands(delta_site(), 6)
     torch.library.opcheck(gated_delta_rule.gated_delta_rule, (*delta, cu_seqlens), {"chunk_size": 4})
     torch.library.opcheck(linear_recurrence.linear_recurrence, (torch.randn(1, 6, 3), torch.rand(1, 6, 3), cu_seqlens))
+    latents = KINDS["latent_attention"].operands(SITES["latent_attention-small"], 6)
+    torch.library.opcheck(latent_attention.latent_attention, (*latents, cu_seqlens), {"scale": 0.3})
 
 
 @pytest.mark.parametrize("slopes_by", ["distance", "key position"])
@@ -377,11 +399,15 @@ def test_backend_records_on_proxies(backend: Backend) -> None:
     site = replace(next(site for site in SITES.values() if site.kind == backend.kind), page_size=4, num_groups=1)
     graph = fx.Graph()
     tracer = GraphAppendingTracer(graph)
-    layout, num_tokens, *rest = (Proxy(graph.placeholder(f"input_{i}"), tracer) for i in range(7))
-    count = len(backend.caches(site))
-    num_tensors = len(KINDS[site.kind].token_dims)
-    tensors = (*rest[: 5 - count], *[None] * num_tensors)[:num_tensors]
-    out = backend.append_and_attend(tensors, tuple(rest[5 - count :]), backend.metadata(layout, num_tokens, site), site)
+
+    def proxy(name: str) -> Proxy:
+        return Proxy(graph.placeholder(name), tracer)
+
+    layout, num_tokens = proxy("layout"), proxy("num_tokens")
+    operands = enumerate(KINDS[site.kind].operands(site, 3))
+    tensors = tuple(None if tensor is None else proxy(f"tensor_{index}") for index, tensor in operands)
+    caches = tuple(proxy(cache.name) for cache in backend.caches(site))
+    out = backend.append_and_attend(tensors, caches, backend.metadata(layout, num_tokens, site), site)
     assert isinstance(out, Proxy)
     graph.output(out.node)
     graph.lint()

@@ -27,6 +27,7 @@ SHOWN = {
     "find_attention": """
         - scaled_dot_product_attention, + transpose, attention
     """,
+    "find_latent_attention": "",
     "nest_inputs": """
         ~ placeholder input_ids (role (none) -> tokens; shape [s, s] -> [T]; dtype int64 -> int32)
         + placeholder layout

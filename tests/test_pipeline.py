@@ -194,7 +194,8 @@ def test_the_default_pipeline_verifies(model_type: str) -> None:
     result = ad.apply(traced(model_type), verify=True)
     assert len(prepare_nodes(result.module)) == result.report.ledger.prepare_calls == 1
     assert [record.name for record in result.report.passes] == [step.name for step in default()]
-    assert all(record.matches for record in result.report.passes)
+    idle = {record.name for record in result.report.passes if not record.matches}
+    assert idle == (set() if model_type == "deepseek_v3" else {"find_latent_attention"})
 
 
 def _change_scale(gm: fx.GraphModule) -> None:

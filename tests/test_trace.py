@@ -56,6 +56,7 @@ EXPECTED: dict[str, list[dict[str, Any] | None]] = {
     "gpt2": [_SCALE] * 4,
     "mixtral": [_SCALE] * 4,
     "lfm2": [None, _SCALE] * 2,
+    "deepseek_v3": [{"scale": 24**-0.5}] * 4,
     "llama4_text": [_SCALE | {"span": f"chunk_{WINDOW}"}] * 3 + [_SCALE],
     "gemma4_text": [{"scale": 1.0} | _WINDOW, {"scale": 1.0}] * 2,
 }

@@ -1,4 +1,4 @@
-"""Tiny causal language models with random weights: the 11 model types the tests run on, built without a download.
+"""Tiny causal language models with random weights: the model types that the tests run on, built without a download.
 
 Hidden size 64, 4 heads, 2 key-value heads of size 16, 128 tokens, sliding window 8, 512 positions, eager attention.
 """
@@ -31,6 +31,9 @@ _EXPERTS: dict[str, Any] = {"num_local_experts": 4, "num_experts_per_tok": 2}
 _CHUNKED: dict[str, Any] = {"intermediate_size_mlp": 96, "num_local_experts": 2, "num_experts_per_tok": 1}
 _CHUNKED |= {"attention_chunk_size": WINDOW, "floor_scale": 4, "interleave_moe_layer_step": 2}
 _PER_LAYER = {"hidden_size_per_layer_input": 16, "vocab_size_per_layer_input": VOCAB_SIZE, "global_head_dim": HEAD_DIM}
+_LATENT: dict[str, Any] = {"kv_lora_rank": 32, "q_lora_rank": 24, "qk_nope_head_dim": 16, "qk_rope_head_dim": 8}
+_LATENT |= {"v_head_dim": HEAD_DIM, "n_routed_experts": 4, "n_group": 2, "topk_group": 1, "num_experts_per_tok": 2}
+_LATENT |= {"intermediate_size": 96, "moe_intermediate_size": 32, "first_k_dense_replace": 1, "num_key_value_heads": 4}
 _YARN = {"rope_type": "yarn", "rope_theta": 150000.0, "factor": 32.0, "original_max_position_embeddings": 16}
 
 _CONFIGS: dict[str, dict[str, Any]] = {
@@ -46,6 +49,7 @@ _CONFIGS: dict[str, dict[str, Any]] = {
     "gpt2": {},
     "mixtral": _GATED | _EXPERTS,
     "lfm2": _GATED | {"block_auto_adjust_ff_dim": False},
+    "deepseek_v3": _LATENT,
     "llama4_text": _GATED | _HEADS | _CHUNKED,
     # The last two layers read the keys and values of the first two.
     "gemma4_text": _GATED | _HEADS | {"sliding_window": WINDOW, "num_kv_shared_layers": 2, **_PER_LAYER},

@@ -23,8 +23,8 @@ from autodeploy.metadata.field import is_field
 from autodeploy.ops.kinds import kind_of
 
 PAGE = Path(__file__).parents[1] / "docs" / "architecture.md"
-PASSES = ("canonicalize", "find_attention", "nest_inputs", "gather_logits", "insert_cached_attention")
-PASSES += ("share_metadata", "lower_fields", "lower_linear")
+PASSES = ("canonicalize", "find_attention", "find_latent_attention", "nest_inputs", "gather_logits")
+PASSES += ("insert_cached_attention", "share_metadata", "lower_fields", "lower_linear")
 WIDTH, MOST_LINES = 110, 8
 
 

@@ -33,6 +33,7 @@ _BACKEND_MODULES = (
     "torch_conv1d",
     "torch_delta_rule",
     "torch_recurrence",
+    "torch_latent",
 )
 # Linear layers in this order, too; each module defines PROVIDERS.
 _LINEAR_MODULES = ("triton_linear", "transposed_linear")

@@ -24,7 +24,7 @@ from autodeploy.ops.site import Site
 
 # Keys and values that are gathered at once. Between 1 and 16 MiB the speed is the same; above 32 MiB glibc maps fresh
 # memory for each gather, whose page faults cost more than the copy.
-_GATHER_BYTES = 4 << 20
+GATHER_BYTES = 4 << 20
 
 
 class Scoring(NamedTuple):
@@ -95,8 +95,8 @@ def _paged_attention(
     query_THD = query[0].transpose(0, 1)
     lens, starts = seq_lens.tolist(), cu_seqlens_q.tolist()
     page_bytes = (key_cache.nbytes + value_cache.nbytes) // num_pages
-    counts = [_pages_seen(seq_len, page_size, seen_by) for seq_len in lens]
-    for first, last in _runs(starts, counts, _GATHER_BYTES // page_bytes):
+    counts = [pages_seen(seq_len, page_size, seen_by) for seq_len in lens]
+    for first, last in runs(starts, counts, GATHER_BYTES // page_bytes):
         tokens, width = slice(starts[first], starts[last]), max(counts[first:last])
         index_CKP, mask_CL = decode_pages[first:last, :, :width], decode_mask[first:last, : width * page_size]
         out_THE[tokens] = _decode(query_THD[tokens], caches, index_CKP, mask_CL, scoring)
@@ -113,12 +113,12 @@ def _(query, sinks, key_cache, value_cache, *_, **__):
     return query.new_empty(1, query.shape[2], query.shape[1], value_cache.shape[3])
 
 
-def _pages_seen(seq_len: int, page_size: int, span: Span) -> int:
+def pages_seen(seq_len: int, page_size: int, span: Span) -> int:
     """How many pages the last token of a sequence sees."""
     return (seq_len - 1) // page_size - max(0, span.first_seen(seq_len - 1)) // page_size + 1
 
 
-def _runs(starts: list[int], counts: list[int], max_pages: int) -> Iterator[tuple[int, int]]:
+def runs(starts: list[int], counts: list[int], max_pages: int) -> Iterator[tuple[int, int]]:
     """Neighbouring one-token rows [first, last) that together gather at most `max_pages`, or one row if it has more."""
     first, width = 0, 0
     for row, count in enumerate(counts):
@@ -137,7 +137,7 @@ def _decode(
     query_CHD: Tensor, caches: tuple[Tensor, ...], index_CKP: Tensor, mask_CL: Tensor, scoring: Scoring
 ) -> Tensor:
     """Attention of one token of each of C sequences to the positions of its gathered pages in `mask_CL`: [C, H, E]."""
-    keys_CKLD, values_CKLE = (_gather(cache, index_CKP) for cache in caches)
+    keys_CKLD, values_CKLE = (gather(cache, index_CKP) for cache in caches)
     # What no sequence owns may be NaN, which even a weight of zero lets through.
     row, position = torch.logical_not(mask_CL).nonzero(as_tuple=True)
     for gathered in (keys_CKLD, values_CKLE):
@@ -165,7 +165,7 @@ def _prefill(
     begin = max(0, span.first_seen(context_len))
     first_page, end_page = begin // page_size, (seq_len - 1) // page_size + 1
     seen = slice(begin - first_page * page_size, seq_len - first_page * page_size)
-    keys, values = (_gather(cache, table_KP[None, :, first_page:end_page])[:, :, seen] for cache in caches)
+    keys, values = (gather(cache, table_KP[None, :, first_page:end_page])[:, :, seen] for cache in caches)
     if scoring.is_plain and context_len == 0 and span.first_seen(seq_len - 1) <= 0:
         out_1HQE = F.scaled_dot_product_attention(
             query_1HQD, keys, values, is_causal=True, scale=scoring.scale, enable_gqa=True
@@ -176,7 +176,7 @@ def _prefill(
     return _attend(query_1HQD, keys, values, mask_QL, scoring)[0].transpose(0, 1)
 
 
-def _gather(cache: Tensor, index_CKP: Tensor) -> Tensor:
+def gather(cache: Tensor, index_CKP: Tensor) -> Tensor:
     """The pages at `index_CKP` of a cache [N * K, p, D] as [C, K, L, D]."""
     return cache.index_select(0, index_CKP.flatten()).view(*index_CKP.shape[:2], -1, cache.shape[-1])
 
