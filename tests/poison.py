@@ -23,7 +23,9 @@ def by_token(cache: Tensor) -> Tensor:
 
 
 def by_head(cache: Tensor) -> Tensor:
-    """Of pages [K, p, D] in memory that is shaped [p, K, D]."""
+    """Of pages [K, p, D] in memory that is shaped [p, K, D]; latents [p, D] have no heads."""
+    if cache.ndim == 3:
+        return cache
     pages, size, heads, width = cache.shape
     return cache.view(pages, heads, size, width).transpose(1, 2)
 

@@ -241,6 +241,13 @@ def cu_chunks(batch: Batch, chunk_size: int) -> list:
 
 
 @oracle
+def chunk_to_seq(batch: Batch, chunk_size: int) -> list:
+    of_chunks = [row for row, of_row in enumerate(chunks(batch, chunk_size)) for _ in of_row]
+    places = len(batch.rows) + batch.num_tokens // chunk_size
+    return of_chunks + [len(batch.rows) - 1] * (places - len(of_chunks))
+
+
+@oracle
 def chunk_tokens(batch: Batch, chunk_size: int) -> list:
     flat = [chunk for of_row in chunks(batch, chunk_size) for chunk in of_row]
     flat += [[]] * (len(batch.rows) + batch.num_tokens // chunk_size - len(flat))

@@ -14,18 +14,20 @@ from spans import FULL, first
 from torch import Tensor, fx
 from torch._inductor.utils import run_and_get_code
 from torch.fx.proxy import GraphAppendingTracer, Proxy
+from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_map
 
 from autodeploy.kernels.registry import backends
 from autodeploy.metadata.span import Chunk, Span, Window
 from autodeploy.ops.backend import Backend
 from autodeploy.ops.cache import Paged, PoolSizes, State
-from autodeploy.ops.kinds import attention, causal_conv1d, gated_delta_rule, kinds, latent_attention, linear_recurrence
+from autodeploy.ops.kinds import attention, kinds
 from autodeploy.ops.kinds.attention import AttentionFacts
 from autodeploy.ops.kinds.causal_conv1d import ConvFacts
 from autodeploy.ops.kinds.gated_delta_rule import DeltaFacts
 from autodeploy.ops.kinds.latent_attention import LatentFacts
 from autodeploy.ops.kinds.linear_recurrence import RecurrenceFacts
+from autodeploy.ops.kinds.ssd import SsdFacts
 from autodeploy.ops.site import Site
 from autodeploy.ops.step_kind import DECODE, MIXED, StepKind, run_as
 
@@ -61,6 +63,14 @@ CONV_SITES = {
     "bias_silu": {"has_bias": True, "activation": "silu"},
     "two_taps": {"kernel_size": 2},
     "bfloat16": {"dtype": torch.bfloat16, "has_bias": True},
+}
+# Decays of about a half per token let states, chunk borders and what lies behind them all show.
+SSD_SITES = {
+    "plain": {},
+    "groups": {"num_groups": 2, "chunk_size": 4},
+    "bare": {"has_skip": False, "has_dt_bias": False, "dt_softplus": False},
+    "limits": {"dt_min": 0.3, "dt_max": 0.7, "chunk_size": 256},
+    "bfloat16": {"dtype": torch.bfloat16, "num_groups": 4},
 }
 
 DELTA_SITES = {
@@ -105,12 +115,18 @@ def latent_site(dtype: torch.dtype = torch.float32, span: Span = FULL, **facts: 
     return Site("latent_attention", "layer", "any", dtype, CPU, LatentFacts(**defaults | facts), span)
 
 
+def ssd_site(dtype: torch.dtype = torch.float32, **facts: Any) -> Site:
+    defaults = {"num_heads": 4, "head_dim": 6, "num_groups": 1, "state_size": 10, "chunk_size": 8}
+    return Site("ssd", "layer", "linear_attention", dtype, CPU, SsdFacts(**defaults | facts))
+
+
 KINDS = {kind.name: kind for kind in kinds()}
 SITES = {f"attention-{name}": attention_site(**options) for name, options in ATTENTION_SITES.items()}
 SITES |= {f"causal_conv1d-{name}": conv_site(**options) for name, options in CONV_SITES.items()}
 SITES |= {f"gated_delta_rule-{name}": delta_site(**options) for name, options in DELTA_SITES.items()}
 SITES |= {f"linear_recurrence-{dtype}": recurrence_site(dtype) for dtype in (torch.float32, torch.bfloat16)}
 SITES |= {f"latent_attention-{name}": latent_site(**options) for name, options in LATENT_SITES.items()}
+SITES |= {f"ssd-{name}": ssd_site(**options) for name, options in SSD_SITES.items()}
 
 
 CASES = [
@@ -250,10 +266,10 @@ RUNNING = [backend for backend in backends() if any(case.values[0] is backend fo
 @pytest.mark.parametrize("backend", RUNNING, ids=lambda backend: f"{backend.name}-{backend.kind}")
 def test_backend_on_random_batches(backend: Backend, seed: int) -> None:
     shuffled = random.Random(seed)
-    count = shuffled.randint(1, 6)
+    num_rows = shuffled.randint(1, 6)
     lengths = [
         (shuffled.choice([0, 1, 1, 1, shuffled.randint(2, 30)]), shuffled.choice([0, shuffled.randint(1, 70)]))
-        for _ in range(count)
+        for _ in range(num_rows)
     ]
     site = shuffled.choice([site for site in SITES.values() if site.kind == backend.kind])
     batch = make_batch(
@@ -275,6 +291,27 @@ STATEFUL = [case for case in CASES if isinstance(case.values[0].caches(case.valu
 def test_prompt_in_two_steps(backend: Backend, site: Site) -> None:
     """A state goes on wherever a prompt of 37 tokens was cut, each cut in a sequence of its own."""
     check(backend, site, make_batch([(37 - cut, cut) for cut in range(1, 37)]))
+
+
+@pytest.mark.parametrize("backend", RUNNING, ids=lambda backend: f"{backend.name}-{backend.kind}")
+@pytest.mark.parametrize("lengths", [BATCHES["mixed"], BATCHES["decode"]], ids=["mixed", "decode"])
+def test_a_sequence_that_fails_fails_alone(backend: Backend, lengths: list[tuple[int, int]]) -> None:
+    """The others' results are the same, bit for bit, when one sequence and its caches are NaN."""
+    site = replace(next(site for site in SITES.values() if site.kind == backend.kind), page_size=4, num_groups=1)
+    batch = make_batch(lengths)
+    inputs = make_inputs(site, batch)
+    caches = make_caches(backend, site, batch)
+    step(backend, site, context_batch(batch), inputs, caches)
+    same = tuple(cache.clone() for cache in caches)
+    good = step(backend, site, batch, inputs, caches)
+    for tensor, dim in zip(inputs.per_sequence[1], KINDS[site.kind].token_dims, strict=True):
+        if dim is not None:
+            tensor.fill_(NAN)
+    bad = step(backend, site, batch, inputs, same)
+    begin = batch.rows[0].query_len
+    end = begin + batch.rows[1].query_len
+    assert bad[begin:end].isnan().any()
+    assert torch.equal(torch.cat([bad[:begin], bad[end:]]), torch.cat([good[:begin], good[end:]]))
 
 
 def check(backend: Backend, site: Site, batch: Batch) -> None:
@@ -317,7 +354,7 @@ def small_case(backend: Backend, site: Site, lengths: list[tuple[int, int]]) -> 
 
 
 COMPILED = ("-attention-gqa", "-attention-all", "causal_conv1d-bias_silu", "gated_delta_rule-shared_keys")
-COMPILED += ("linear_recurrence-torch.float32", "latent_attention-plain")
+COMPILED += ("linear_recurrence-torch.float32", "latent_attention-plain", "ssd-groups")
 COMPILED_CASES = [case for case in CASES if str(case.id).endswith(COMPILED)]
 
 
@@ -366,19 +403,27 @@ def test_cached_op_is_well_formed(backend: Backend, site: Site) -> None:
         torch.library.opcheck(node.target, args, kwargs)
 
 
+OP_SITES = ("attention-all", "attention-alibi_all", "causal_conv1d-bias_silu", "ssd-groups")
+OP_SITES += ("gated_delta_rule-shared_keys", "linear_recurrence-torch.float32", "latent_attention-small")
+
+
 @pytest.mark.parametrize("cu_seqlens", [None, torch.tensor([0, 3, 5], dtype=torch.int32)])
-def test_canonical_op_is_well_formed(cu_seqlens: Tensor | None) -> None:
-    query, key, value = torch.randn(1, 4, 6, 8), torch.randn(1, 2, 6, 8), torch.randn(1, 2, 6, 5)
-    options = {"scale": 0.3, "span": "chunk_3", "softcap": 2.0}
-    per_head = (torch.randn(4), None, cu_seqlens, torch.rand(4))
-    torch.library.opcheck(attention.attention, (query, key, value, *per_head), options)
-    hidden, weight, bias = torch.randn(1, 3, 6), torch.randn(3, 4), torch.randn(3)
-    torch.library.opcheck(causal_conv1d.causal_conv1d, (hidden, weight, bias, cu_seqlens), {"activation": "silu"})
-    delta = KINDS["gated_delta_rule"].operands(delta_site(), 6)
-    torch.library.opcheck(gated_delta_rule.gated_delta_rule, (*delta, cu_seqlens), {"chunk_size": 4})
-    torch.library.opcheck(linear_recurrence.linear_recurrence, (torch.randn(1, 6, 3), torch.rand(1, 6, 3), cu_seqlens))
-    latents = KINDS["latent_attention"].operands(SITES["latent_attention-small"], 6)
-    torch.library.opcheck(latent_attention.latent_attention, (*latents, cu_seqlens), {"scale": 0.3})
+@pytest.mark.parametrize("name", OP_SITES)
+def test_canonical_op_is_well_formed(name: str, cu_seqlens: Tensor | None) -> None:
+    kind, seen = KINDS[SITES[name].kind], []
+
+    class Listen(TorchDispatchMode):
+        def __torch_dispatch__(self, func: Any, types: Any, args: tuple = (), kwargs: Any = None) -> Any:
+            seen.append((func, args, kwargs))
+            return func(*args, **(kwargs or {}))
+
+    with Listen():
+        kind.run(kind.operands(SITES[name], 6), SITES[name])
+    args, kwargs = next((args, kwargs) for func, args, kwargs in seen if func is kind.op)
+    arguments = kind.op._schema.arguments
+    by_name = dict(zip((each.name for each in arguments), args, strict=False)) | {"cu_seqlens": cu_seqlens}
+    args = [by_name.get(each.name) for each in arguments if not each.kwarg_only]
+    torch.library.opcheck(kind.op, tuple(args), kwargs)
 
 
 @pytest.mark.parametrize("slopes_by", ["distance", "key position"])

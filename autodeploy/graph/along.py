@@ -51,7 +51,8 @@ _ALONG_DIM |= {
     "any",
 }
 _ALONG_DIM |= {"all", "var", "std", "var_mean", "std_mean", "norm", "linalg_vector_norm", "count_nonzero", "nansum"}
-_ALONG_DIM |= {"nanmean", "median", "nanmedian", "mode", "kthvalue", "quantile", "topk", "sort", "argsort", "cat"}
+_ALONG_DIM |= {"nanmean", "median", "nanmedian", "mode", "kthvalue", "quantile", "topk", "sort", "argsort"}
+_ALONG_DIM |= {"cat", "concat", "concatenate"}
 _ALONG_DIM |= {"split", "split_with_sizes", "chunk", "tensor_split", "unsafe_split", "unsafe_chunk", "flip", "roll"}
 _ALONG_DIM |= {"glu", "diff"}
 # Pointwise ops, aliases mostly, that torch has not tagged so in every overload.

@@ -22,13 +22,20 @@ def cu_chunks(layout: Tensor, chunk_size: int) -> Tensor:
     return torch.nn.functional.pad(chunks_S.cumsum(0, dtype=torch.int32), (1, 0))
 
 
+@field(shape="[S + T // L] int32", depends="H", padding="the last row")
+def chunk_to_seq(layout: Tensor, num_tokens: int, chunk_size: int) -> Tensor:
+    """Which sequence each chunk belongs to."""
+    chunk_C = torch.arange(layout.shape[0] + num_tokens // chunk_size, dtype=torch.int32, device=layout.device)
+    row_C = torch.searchsorted(cu_chunks(layout, chunk_size)[1:], chunk_C, right=True, out_int32=True)
+    return row_C.clamp(max=layout.shape[0] - 1)
+
+
 @field(shape="[S + T // L, L] int64", depends="H", padding="T")
 def chunk_tokens(layout: Tensor, num_tokens: int, chunk_size: int) -> Tensor:
     """The packed token in each place of each chunk, T where there is none."""
-    cu_C = cu_chunks(layout, chunk_size)
-    chunk_C = torch.arange(layout.shape[0] + num_tokens // chunk_size, dtype=torch.int32, device=layout.device)
-    row_C = torch.searchsorted(cu_C[1:], chunk_C, right=True, out_int32=True).clamp(max=layout.shape[0] - 1)
-    begin_C = cu_seqlens_q(layout)[row_C] + (chunk_C - cu_C[row_C]) * chunk_size
+    row_C = chunk_to_seq(layout, num_tokens, chunk_size)
+    chunk_C = torch.arange(row_C.shape[0], dtype=torch.int32, device=layout.device)
+    begin_C = cu_seqlens_q(layout)[row_C] + (chunk_C - cu_chunks(layout, chunk_size)[row_C]) * chunk_size
     token_CL = begin_C[:, None] + torch.arange(chunk_size, dtype=torch.int32, device=layout.device)
     return torch.where(token_CL < cu_seqlens_q(layout)[row_C + 1][:, None], token_CL, num_tokens).to(torch.int64)
 

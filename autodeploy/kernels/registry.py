@@ -34,6 +34,7 @@ _BACKEND_MODULES = (
     "torch_delta_rule",
     "torch_recurrence",
     "torch_latent",
+    "torch_ssd",
 )
 # Linear layers in this order, too; each module defines PROVIDERS.
 _LINEAR_MODULES = ("triton_linear", "transposed_linear")
