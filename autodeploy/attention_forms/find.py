@@ -16,7 +16,7 @@ from autodeploy.attention_forms.check import check
 from autodeploy.attention_forms.evaluate import Refused
 from autodeploy.attention_forms.flex import FLEX, WrittenOut, erase_idle_lists, learn_without_flex, why_not, write_out
 from autodeploy.attention_forms.match import SDPA, SOFTMAXES, Matcher
-from autodeploy.attention_forms.rewrite import rewrite
+from autodeploy.attention_forms.rewrite import rewrite, with_constants
 from autodeploy.errors import NoAttentionFound
 from autodeploy.graph.edit import near_miss, record, take_near_misses
 from autodeploy.graph.in_place import out_of_place
@@ -70,10 +70,11 @@ def _recognize(gm: fx.GraphModule, kind: Kind) -> None:
     """Make canonical what the model wrote itself of `kind`; what only came near is a near miss."""
     for node in [node for op in kind.near for node in gm.graph.find_nodes(op="call_function", target=op) if node.users]:
         written = kind.recognize(node)
-        if written is None:
-            near_miss(gm, node, f"mixes tokens, but came through no door of {kind.name}")
-        else:
-            new = record(written.output, written.canonical, *written.inputs)
+        if isinstance(written, str):
+            near_miss(gm, node, written)
+        elif written is not None:
+            inputs = with_constants(written.output, written.inputs, kind.name)
+            new = record(written.output, written.canonical, *inputs)
             retype(gm.graph, replace_node(written.output, new))
 
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from itertools import count
+from typing import Any
 
 from torch import Tensor, fx
 
@@ -19,7 +21,7 @@ def rewrite(found: Attention, old: fx.Node) -> list[fx.Node]:
     Returns the nodes whose values are to be made again.
     """
     before = old.prev
-    inputs = [_constant(old, value) if isinstance(value, Tensor) else value for value in found.inputs]
+    inputs = with_constants(old, found.inputs, "alibi_slopes")
     new = record(old, found.canonical, *inputs)
     for node in between(before, old):
         if kind_of(node.target) is not None:
@@ -31,11 +33,15 @@ def rewrite(found: Attention, old: fx.Node) -> list[fx.Node]:
     return stale
 
 
-def _constant(before: fx.Node, value: Tensor) -> fx.Node:
-    """A node for a new buffer of the graph's module."""
+def with_constants(before: fx.Node, inputs: Sequence[Any], name: str) -> list[Any]:
+    """`inputs` with a node in front of `before` for each tensor: a new buffer of the graph's module, called so."""
+    return [_constant(before, value, name) if isinstance(value, Tensor) else value for value in inputs]
+
+
+def _constant(before: fx.Node, value: Tensor, name: str) -> fx.Node:
     gm = before.graph.owning_module
     assert gm is not None
-    names = (f"alibi_slopes_{index}" for index in count())
+    names = (f"{name}_{index}" for index in count())
     name = next(name for name in names if not hasattr(gm, name))
     gm.register_buffer(name, value, persistent=False)
     with before.graph.inserting_before(before):

@@ -29,11 +29,12 @@ class Door:
 @dataclass(frozen=True)
 class Written:
     """What a model wrote itself: `output` is what `canonical`, a function that calls the canonical op, gives for
-    `inputs`."""
+    `inputs`. Tensors among these become constants of the graph.
+    """
 
     output: fx.Node
     canonical: Callable[..., Any]
-    inputs: tuple[fx.Node | None, ...]
+    inputs: tuple[fx.Node | Tensor | None, ...]
 
 
 class Kind(ABC, Generic[F]):
@@ -87,6 +88,9 @@ class Kind(ABC, Generic[F]):
         """
         return ()
 
-    def recognize(self, node: fx.Node) -> Written | None:
-        """What the model wrote around `node`, an op of `near` with users; None where this kind has no words for it."""
-        return None
+    def recognize(self, node: fx.Node) -> Written | str | None:
+        """What the model wrote around `node`, an op of `near` with users, or why it is not known what that is.
+
+        None where the node is nothing of this kind.
+        """
+        return f"mixes tokens, but came through no door of {self.name}"

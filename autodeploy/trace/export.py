@@ -16,7 +16,6 @@ from torch import Tensor, fx, nn
 from torch.export import Dim, ExportedProgram
 from torch.fx.graph import CodeGen
 from torch.utils import _pytree as pytree
-from torch.utils._sympy.numbers import int_oo
 
 from autodeploy.attention_forms.find import find, needs_finding
 from autodeploy.errors import AutodeployError, TraceError, UnsupportedFeature
@@ -32,6 +31,7 @@ if TYPE_CHECKING:
 
 # Any two sizes above one that differ: they become symbols.
 _EXAMPLE_SHAPE = (2, 12)
+_MOST_TOKENS = 2**31 - 1  # layouts count in int32
 # How configs call the number of positions that their model is made for.
 _NUM_POSITIONS = ("max_position_embeddings", "n_positions", "max_seq_len", "max_sequence_length")
 _LOAD_WITH = "load it with transformers.AutoModelForCausalLM.from_pretrained"
@@ -105,7 +105,7 @@ def _check_dynamic(program: ExportedProgram, model: PreTrainedModel) -> None:
     sizes = [value.shape[1] for value in inputs if isinstance(value, Tensor)]
     lengths = {size.node.expr for size in sizes if isinstance(size, torch.SymInt)}
     for symbol, bounds in program.range_constraints.items():
-        longest = (symbol in lengths and num_positions(model)) or int_oo
+        longest = (symbol in lengths and num_positions(model)) or _MOST_TOKENS
         if symbol.name.startswith("s") and (bounds.lower > 2 or bounds.upper < longest):
             raise TraceError(
                 f"the graph holds for sizes {bounds.lower} to {bounds.upper} only", where=type(model).__name__

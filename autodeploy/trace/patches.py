@@ -20,6 +20,8 @@ _SETTINGS: dict[str, object] = {
     # "eager" loops over the experts that were hit, which is data; "batched_mm" gathers a copy of the weights per token.
     "_experts_implementation_internal": "grouped_mm",
     "use_cache": False,
+    # xLSTM cuts longer inputs for its own states, which are not those of a graph.
+    "max_inference_chunksize": sys.maxsize,
 }
 
 
@@ -62,6 +64,9 @@ def _swapped(owner: object, name: str, value: object) -> Iterator[None]:
 def _evaluating(model: nn.Module) -> Iterator[None]:
     before = [(module, module.training) for module in model.modules()]
     model.eval()
+    for module in model.modules():
+        # RWKV divides weights on its first forward, which is to be done to the weights and not to be in the graph.
+        getattr(module, "_rescale_layers", lambda: None)()
     try:
         yield
     finally:

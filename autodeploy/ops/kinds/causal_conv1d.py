@@ -109,17 +109,46 @@ def _causal_conv1d_fn(
 _CONV1D_DEFAULTS = (None, [1], [0], [1], 1)
 
 
-def _is_zeros_in_front(node: fx.Node, count: int) -> bool:
-    """Whether `node` pads the last dimension by that many zeros in front alone."""
+def _is_zeros(node: fx.Node, wanted: list[int]) -> bool:
+    """Whether `node` pads by zeros, as much as is wanted."""
     if node.target not in (torch.ops.aten.pad.default, torch.ops.aten.constant_pad_nd.default):
         return False
     widths, *options = cast(Any, node.args[1:])
     is_zero = all(option in ("constant", 0, None) for option in options) and not node.kwargs
-    return is_zero and list(widths) == [count, 0]
+    return is_zero and list(widths) == wanted
 
 
-def _written(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+def _convolution(node: fx.Node) -> Written | None:
+    arguments: Any = (*node.args, *_CONV1D_DEFAULTS[len(node.args) - 2 :])
+    hidden, weight, bias, stride, padding, dilation, groups = arguments
+    channels, shared, taps = VALUE.of(weight).shape
+    if (shared, groups, list(stride), list(dilation)) != (1, channels, [1], [1]):
+        return None
+    output = node
+    if list(padding) == [taps - 1]:
+        output, *others = node.users
+        if others or output.target is not torch.ops.aten.slice.Tensor or output.args[2] not in (None, 0):
+            return None
+    elif _is_zeros(hidden, [taps - 1, 0]):
+        hidden = hidden.args[0]
+    is_cut = statically_known_true(sym_eq(VALUE.of(output).shape, VALUE.of(hidden).shape))
+    return Written(output, _convolve, (hidden, weight, bias)) if is_cut else None
+
+
+def _convolve(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     return torch.ops.autodeploy.causal_conv1d.default(hidden, torch.ops.aten.squeeze.dim(weight, 1), bias)
+
+
+def _shift(node: fx.Node) -> Written:
+    """Of [B, S, C]: what is before each token."""
+    value = VALUE.of(node)
+    taps_CN = torch.tensor([[1, 0]], dtype=value.dtype, device=value.device).repeat(value.shape[2], 1)
+    return Written(node, _before, (node.all_input_nodes[0], taps_CN))
+
+
+def _before(hidden: Tensor, taps: Tensor) -> Tensor:
+    out = torch.ops.autodeploy.causal_conv1d.default(torch.ops.aten.transpose.int(hidden, 1, 2), taps)
+    return torch.ops.aten.transpose.int(out, 1, 2)
 
 
 class CausalConv1d(Kind[ConvFacts]):
@@ -131,34 +160,21 @@ class CausalConv1d(Kind[ConvFacts]):
     token_dims = (2, None, None)
     result_dim = 2
     doors = (Door("causal_conv1d_fn", _causal_conv1d_fn),)
-    near = (torch.ops.aten.conv1d.default,)
+    near = (torch.ops.aten.conv1d.default, torch.ops.aten.pad.default)
 
     @property
     def reference(self) -> Backend:
         return _REFERENCE
 
-    def recognize(self, node: fx.Node) -> Written | None:
-        """A depthwise convolution of zeros and a sequence, or of zeros on both sides that is cut to the sequence."""
+    def recognize(self, node: fx.Node) -> Written | str | None:
+        """A depthwise convolution of zeros and a sequence, or of zeros on both sides that is cut to the sequence; or
+        the tokens before each one, of which the last is dropped: a convolution whose only tap is the one before.
+        """
         if not all(VALUE.on(arg) for arg in node.all_input_nodes):
-            return None
-        arguments: Any = (*node.args, *_CONV1D_DEFAULTS[len(node.args) - 2 :])
-        hidden, weight, bias, stride, padding, dilation, groups = arguments
-        channels, shared, taps = VALUE.of(weight).shape
-        if (shared, groups, list(stride), list(dilation)) != (1, channels, [1], [1]):
-            return None
-        output = node
-        if list(padding) == [taps - 1]:
-            output = next(iter(node.users))
-            if (
-                len(node.users) > 1
-                or output.target is not torch.ops.aten.slice.Tensor
-                or output.args[2] not in (None, 0)
-            ):
-                return None
-        elif _is_zeros_in_front(hidden, taps - 1):
-            hidden = hidden.args[0]
-        is_cut = statically_known_true(sym_eq(VALUE.of(output).shape, VALUE.of(hidden).shape))
-        return Written(output, _written, (hidden, weight, bias)) if is_cut else None
+            return super().recognize(node)
+        if node.target is torch.ops.aten.pad.default:
+            return _shift(node) if _is_zeros(node, [0, 0, 1, -1]) and VALUE.of(node).dim() == 3 else None
+        return _convolution(node) or super().recognize(node)
 
     def tensors(self, node: fx.Node) -> tuple[Any, ...]:
         """hidden, weight, bias."""
