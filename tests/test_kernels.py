@@ -28,6 +28,8 @@ from autodeploy.ops.kinds.gated_delta_rule import DeltaFacts
 from autodeploy.ops.kinds.latent_attention import LatentFacts
 from autodeploy.ops.kinds.linear_recurrence import RecurrenceFacts
 from autodeploy.ops.kinds.ssd import SsdFacts
+from autodeploy.ops.kinds.mlstm import MlstmFacts
+from autodeploy.ops.kinds.wkv import WkvFacts
 from autodeploy.ops.site import Site
 from autodeploy.ops.step_kind import DECODE, MIXED, StepKind, run_as
 
@@ -106,8 +108,15 @@ def delta_site(dtype: torch.dtype = torch.float32, **facts: Any) -> Site:
     return Site("gated_delta_rule", "layer", "linear_attention", dtype, CPU, DeltaFacts(**defaults | facts))
 
 
-def recurrence_site(dtype: torch.dtype) -> Site:
-    return Site("linear_recurrence", "layer", "linear_attention", dtype, CPU, RecurrenceFacts(10))
+RECURRENT: dict[str, Any] = {
+    "linear_recurrence": RecurrenceFacts(10),
+    "wkv": WkvFacts(10),
+    "mlstm": MlstmFacts(num_heads=3, key_dim=4, value_dim=6, eps=1e-6),
+}
+
+
+def recurrent_site(kind: str, dtype: torch.dtype) -> Site:
+    return Site(kind, "layer", "linear_attention", dtype, CPU, RECURRENT[kind])
 
 
 def latent_site(dtype: torch.dtype = torch.float32, span: Span = FULL, **facts: Any) -> Site:
@@ -124,7 +133,8 @@ KINDS = {kind.name: kind for kind in kinds()}
 SITES = {f"attention-{name}": attention_site(**options) for name, options in ATTENTION_SITES.items()}
 SITES |= {f"causal_conv1d-{name}": conv_site(**options) for name, options in CONV_SITES.items()}
 SITES |= {f"gated_delta_rule-{name}": delta_site(**options) for name, options in DELTA_SITES.items()}
-SITES |= {f"linear_recurrence-{dtype}": recurrence_site(dtype) for dtype in (torch.float32, torch.bfloat16)}
+SITES |= {f"{kind}-float32": recurrent_site(kind, torch.float32) for kind in RECURRENT}
+SITES |= {f"{kind}-bfloat16": recurrent_site(kind, torch.bfloat16) for kind in RECURRENT}
 SITES |= {f"latent_attention-{name}": latent_site(**options) for name, options in LATENT_SITES.items()}
 SITES |= {f"ssd-{name}": ssd_site(**options) for name, options in SSD_SITES.items()}
 
@@ -404,7 +414,7 @@ def test_cached_op_is_well_formed(backend: Backend, site: Site) -> None:
 
 
 OP_SITES = ("attention-all", "attention-alibi_all", "causal_conv1d-bias_silu", "ssd-groups")
-OP_SITES += ("gated_delta_rule-shared_keys", "linear_recurrence-torch.float32", "latent_attention-small")
+OP_SITES += ("gated_delta_rule-shared_keys", "latent_attention-small", *(f"{kind}-float32" for kind in RECURRENT))
 
 
 @pytest.mark.parametrize("cu_seqlens", [None, torch.tensor([0, 3, 5], dtype=torch.int32)])

@@ -24,7 +24,9 @@ TYPES = {
     "qwen3_5_text": ("gated_delta_rule", 2, 14),
     "kimi_linear": ("gated_delta_rule", 3, 14),
     "recurrent_gemma": ("linear_recurrence", 3, 8),  # its attention sees a window
-    "mamba2": ("ssd", 4, None),  # no pages at all
+    "rwkv": ("wkv", 4, None),  # no pages at all
+    "xlstm": ("mlstm", 4, None),
+    "mamba2": ("ssd", 4, None),
     "bamba": ("ssd", 2, 14),
 }
 WITH_PAGES = [name for name, (*_, num_pages) in TYPES.items() if num_pages]

@@ -23,6 +23,7 @@ CAUSAL: dict[str, Form] = {
     ],
     "padded in front": lambda x, w, b: F.conv1d(F.pad(x, (TAPS - 1, 0)), w, b, groups=CHANNELS),
     "padded by a value of zero": lambda x, w, b: F.conv1d(F.pad(x, (TAPS - 1, 0), value=0.0), w, groups=CHANNELS),
+    "the token before": lambda x, w, b: F.pad(x.transpose(1, 2), (0, 0, 1, -1)).transpose(1, 2),
 }
 OTHERS: dict[str, Form] = {
     "cut at the other end": lambda x, w, b: F.conv1d(x, w, b, padding=TAPS - 1, groups=CHANNELS)[..., TAPS - 1 :],
