@@ -27,8 +27,8 @@ from autodeploy.ops.kinds.causal_conv1d import ConvFacts
 from autodeploy.ops.kinds.gated_delta_rule import DeltaFacts
 from autodeploy.ops.kinds.latent_attention import LatentFacts
 from autodeploy.ops.kinds.linear_recurrence import RecurrenceFacts
-from autodeploy.ops.kinds.ssd import SsdFacts
 from autodeploy.ops.kinds.mlstm import MlstmFacts
+from autodeploy.ops.kinds.ssd import SsdFacts
 from autodeploy.ops.kinds.wkv import WkvFacts
 from autodeploy.ops.site import Site
 from autodeploy.ops.step_kind import DECODE, MIXED, StepKind, run_as
@@ -364,7 +364,7 @@ def small_case(backend: Backend, site: Site, lengths: list[tuple[int, int]]) -> 
 
 
 COMPILED = ("-attention-gqa", "-attention-all", "causal_conv1d-bias_silu", "gated_delta_rule-shared_keys")
-COMPILED += ("linear_recurrence-torch.float32", "latent_attention-plain", "ssd-groups")
+COMPILED += ("latent_attention-plain", "ssd-groups", *(f"{kind}-float32" for kind in RECURRENT))
 COMPILED_CASES = [case for case in CASES if str(case.id).endswith(COMPILED)]
 
 
