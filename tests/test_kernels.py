@@ -28,6 +28,7 @@ from autodeploy.ops.kinds.gated_delta_rule import DeltaFacts
 from autodeploy.ops.kinds.latent_attention import LatentFacts
 from autodeploy.ops.kinds.linear_recurrence import RecurrenceFacts
 from autodeploy.ops.kinds.mlstm import MlstmFacts
+from autodeploy.ops.kinds.selective_scan import SelectiveScanFacts
 from autodeploy.ops.kinds.ssd import SsdFacts
 from autodeploy.ops.kinds.wkv import WkvFacts
 from autodeploy.ops.site import Site
@@ -91,6 +92,11 @@ LATENT_SITES = {
     "bfloat16": {"dtype": torch.bfloat16},
     "float64": {"dtype": torch.float64, "num_heads": 1},
 }
+SELECTIVE_SITES = {
+    "all": {},
+    "bare": {"has_skip": False, "has_gate": False, "has_dt_bias": False, "dt_softplus": False},
+    "bfloat16": {"dtype": torch.bfloat16},
+}
 
 
 def attention_site(dtype: torch.dtype = torch.float32, span: Span = FULL, **facts: Any) -> Site:
@@ -129,6 +135,11 @@ def ssd_site(dtype: torch.dtype = torch.float32, **facts: Any) -> Site:
     return Site("ssd", "layer", "linear_attention", dtype, CPU, SsdFacts(**defaults | facts))
 
 
+def selective_site(dtype: torch.dtype = torch.float32, **facts: Any) -> Site:
+    facts = {"channels": 7, "state_size": 5} | facts
+    return Site("selective_scan", "layer", "linear_attention", dtype, CPU, SelectiveScanFacts(**facts))
+
+
 KINDS = {kind.name: kind for kind in kinds()}
 SITES = {f"attention-{name}": attention_site(**options) for name, options in ATTENTION_SITES.items()}
 SITES |= {f"causal_conv1d-{name}": conv_site(**options) for name, options in CONV_SITES.items()}
@@ -136,6 +147,7 @@ SITES |= {f"gated_delta_rule-{name}": delta_site(**options) for name, options in
 SITES |= {f"{kind}-float32": recurrent_site(kind, torch.float32) for kind in RECURRENT}
 SITES |= {f"{kind}-bfloat16": recurrent_site(kind, torch.bfloat16) for kind in RECURRENT}
 SITES |= {f"latent_attention-{name}": latent_site(**options) for name, options in LATENT_SITES.items()}
+SITES |= {f"selective_scan-{name}": selective_site(**options) for name, options in SELECTIVE_SITES.items()}
 SITES |= {f"ssd-{name}": ssd_site(**options) for name, options in SSD_SITES.items()}
 
 
@@ -169,7 +181,7 @@ def pack(site: Site, batch: Batch, inputs: Inputs) -> tuple[Tensor | None, ...]:
     packed = []
     for index, dim in enumerate(KINDS[site.kind].token_dims):
         tensor = inputs.per_sequence[0][index]
-        if dim is not None:
+        if tensor is not None and dim is not None:
             whole = zip((each[index] for each in inputs.per_sequence), batch.rows, strict=True)
             parts = [each.narrow(dim, row.context_len, row.query_len) for each, row in whole]
             tensor = torch.cat([*parts, padding[index]], dim=dim)
@@ -315,7 +327,7 @@ def test_a_sequence_that_fails_fails_alone(backend: Backend, lengths: list[tuple
     same = tuple(cache.clone() for cache in caches)
     good = step(backend, site, batch, inputs, caches)
     for tensor, dim in zip(inputs.per_sequence[1], KINDS[site.kind].token_dims, strict=True):
-        if dim is not None:
+        if tensor is not None and dim is not None:
             tensor.fill_(NAN)
     bad = step(backend, site, batch, inputs, same)
     begin = batch.rows[0].query_len
@@ -364,7 +376,7 @@ def small_case(backend: Backend, site: Site, lengths: list[tuple[int, int]]) -> 
 
 
 COMPILED = ("-attention-gqa", "-attention-all", "causal_conv1d-bias_silu", "gated_delta_rule-shared_keys")
-COMPILED += ("latent_attention-plain", "ssd-groups", *(f"{kind}-float32" for kind in RECURRENT))
+COMPILED += ("latent_attention-plain", "ssd-groups", "selective_scan-all", *(f"{kind}-float32" for kind in RECURRENT))
 COMPILED_CASES = [case for case in CASES if str(case.id).endswith(COMPILED)]
 
 
@@ -413,7 +425,7 @@ def test_cached_op_is_well_formed(backend: Backend, site: Site) -> None:
         torch.library.opcheck(node.target, args, kwargs)
 
 
-OP_SITES = ("attention-all", "attention-alibi_all", "causal_conv1d-bias_silu", "ssd-groups")
+OP_SITES = ("attention-all", "attention-alibi_all", "causal_conv1d-bias_silu", "ssd-groups", "selective_scan-all")
 OP_SITES += ("gated_delta_rule-shared_keys", "latent_attention-small", *(f"{kind}-float32" for kind in RECURRENT))
 
 

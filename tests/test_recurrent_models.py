@@ -28,6 +28,8 @@ TYPES = {
     "xlstm": ("mlstm", 4, None),
     "mamba2": ("ssd", 4, None),
     "bamba": ("ssd", 2, 14),
+    "mamba": ("selective_scan", 4, None),
+    "jamba": ("selective_scan", 2, 14),
 }
 WITH_PAGES = [name for name, (*_, num_pages) in TYPES.items() if num_pages]
 PAGE_SIZE = 4

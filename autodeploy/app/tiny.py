@@ -76,6 +76,7 @@ _FIELDS: dict[str, Any] = {name: size for size, names in _SIZES for name in name
 # A softcap this low bends the small scores of random weights visibly.
 _FIELDS |= {"attn_logit_softcapping": 1.0, "is_decoder": True, "use_cache": False, "block_auto_adjust_ff_dim": False}
 _FIELDS |= {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2, "sep_token_id": 3, "cls_token_id": 4}
+_FIELDS |= {"attn_layer_period": 2, "attn_layer_offset": 1}
 _OFF = ("router_jitter_noise", "input_jitter_noise", "layerdrop")
 # Switched off, or one alone, where the default is.
 _AT_MOST = ("num_kv_shared_layers", "num_experts_per_tok", "hidden_size_per_layer_input")

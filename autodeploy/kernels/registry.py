@@ -35,6 +35,7 @@ _BACKEND_MODULES = (
     "torch_recurrence",
     "torch_latent",
     "torch_ssd",
+    "torch_selective_scan",
 )
 # Linear layers in this order, too; each module defines PROVIDERS.
 _LINEAR_MODULES = ("triton_linear", "transposed_linear")
