@@ -21,6 +21,9 @@ def check(gm: fx.GraphModule, found: Attention, sizes: Sizes) -> str | None:
     evaluator = Evaluator(gm, sizes.at(length, _LENGTH, _BATCH))
     generator = torch.Generator().manual_seed(0)
     given = {node: _random(evaluator, VALUE.of(node), generator) for node in found.inputs if isinstance(node, fx.Node)}
+    # Scores of size one: larger ones are rounded more than weights can bear.
+    size = found.scale * found.query.shape[found.query.dims.index("d")] ** 0.5 / (found.softcap or 1.0)
+    given[found.query.node] /= max(1.0, size)
     with torch.no_grad():
         graph = Evaluator(gm, sizes.at(length, _LENGTH, _BATCH), given)(found.output)
         canonical = found.canonical(*(given[arg] if isinstance(arg, fx.Node) else arg for arg in found.inputs))

@@ -19,6 +19,9 @@ from autodeploy.graph.meta import VALUE
 _NUMBERS = (int, float, bool, torch.SymInt, torch.SymFloat, torch.SymBool)
 # Ops that read nothing but the shape of their first argument, and what they fill with where the name says it.
 _FILLED_LIKE = {"zeros_like": 0, "ones_like": 1, "full_like": None, "new_zeros": 0, "new_ones": 1, "new_full": None}
+_FILLED_LIKE |= {"fill": None}
+# Ops that read nothing but the shape, or the dtype, of their second argument.
+_LIKE_OTHERS = {"type_as", "expand_as", "view_as", "reshape_as"}
 _POSITIONS = ("position_ids", "cache_position", "positions")  # how the names of such inputs end
 
 
@@ -73,6 +76,8 @@ class Evaluator:
             return torch.arange(shape[-1], dtype=value.dtype, device=value.device).expand(shape)
         if name_of(node) in _FILLED_LIKE:
             return self._filled(node)
+        if _is_like_other(node):
+            return self._like(node)
         args, kwargs = map_arg((node.args, node.kwargs), self._values.__getitem__)
         assert callable(node.target)
         try:
@@ -83,9 +88,20 @@ class Evaluator:
 
     def _filled(self, node: fx.Node) -> Tensor:
         """What is filled to the shape of an argument, of which nothing else is known."""
-        recorded, fill = VALUE.of(node), _FILLED_LIKE[name_of(node)]
-        fill = map_arg(arguments_of(node)["fill_value"], self._values.__getitem__) if fill is None else fill
+        recorded = VALUE.of(node)
+        fill: Any = _FILLED_LIKE[name_of(node)]
+        if fill is None:
+            arguments = arguments_of(node)
+            given: Any = arguments.get("fill_value", arguments.get("value"))
+            fill = map_arg(given, self._values.__getitem__)
         return torch.full(self.shape(recorded), fill, dtype=recorded.dtype, device=recorded.device)
+
+    def _like(self, node: fx.Node) -> Tensor:
+        """A cast or a view that makes its first argument like another, of which nothing else is known."""
+        tensor, recorded = self._values[node.all_input_nodes[0]], VALUE.of(node)
+        shape = self.shape(recorded)
+        tensor = tensor.expand(shape) if name_of(node) == "expand_as" else tensor.reshape(shape)
+        return tensor.to(recorded.device, recorded.dtype)
 
     def _number(self, value: Any) -> Any:
         expr = value.node.expr if isinstance(value, torch.SymInt | torch.SymFloat | torch.SymBool) else value
@@ -127,7 +143,13 @@ def _is_known(gm: fx.GraphModule, node: fx.Node, found: set[fx.Node]) -> bool:
 def reads(node: fx.Node) -> list[fx.Node]:
     """The arguments of `node` of which it reads more than the shape."""
     inputs = node.all_input_nodes
-    return inputs[1:] if name_of(node) in _FILLED_LIKE else inputs
+    if name_of(node) in _FILLED_LIKE:
+        return inputs[1:]
+    return inputs[:1] if _is_like_other(node) else inputs
+
+
+def _is_like_other(node: fx.Node) -> bool:
+    return name_of(node) in _LIKE_OTHERS or node.target is torch.ops.aten.to.other
 
 
 def is_positions(node: fx.Node) -> bool:

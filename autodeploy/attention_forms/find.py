@@ -15,8 +15,10 @@ from torch import fx
 from autodeploy.attention_forms.check import check
 from autodeploy.attention_forms.evaluate import Refused
 from autodeploy.attention_forms.flex import FLEX, WrittenOut, erase_idle_lists, learn_without_flex, why_not, write_out
-from autodeploy.attention_forms.match import SDPA, SOFTMAXES, Matcher
+from autodeploy.attention_forms.match import Matcher, is_fused, is_sdpa
+from autodeploy.attention_forms.opaque import may_be_attention
 from autodeploy.attention_forms.rewrite import rewrite, with_constants
+from autodeploy.attention_forms.softmaxes import is_softmax
 from autodeploy.errors import NoAttentionFound
 from autodeploy.graph.edit import near_miss, record, take_near_misses
 from autodeploy.graph.in_place import out_of_place
@@ -26,7 +28,6 @@ from autodeploy.graph.values import replace_node, retype
 from autodeploy.ops.kind import Kind
 from autodeploy.ops.kinds import kind_of, kinds
 
-_HEARTS = (SDPA, *SOFTMAXES)
 _MOST_LISTED = 8  # near misses in one message
 
 
@@ -58,6 +59,11 @@ def find(gm: fx.GraphModule, *, where: str = "") -> list[fx.Node]:
     retype(gm.graph, stale)
     for kind in kinds():
         _recognize(gm, kind)
+    asked = {heart.node for heart in hearts}
+    for node in gm.graph.nodes:
+        if node in asked or is_fused(node) or not may_be_attention(node):
+            continue
+        near_miss(gm, node, f"may be an attention: {node.target} takes three tensors, and is not known")
     canonical = [node for node in gm.graph.nodes if kind_of(node.target) is not None]
     if not canonical:
         raise _no_attention(gm, where or type(gm).__name__)
@@ -80,17 +86,23 @@ def _recognize(gm: fx.GraphModule, kind: Kind) -> None:
 
 def needs_finding(gm: fx.GraphModule) -> bool:
     """Whether anything in `gm` may be attention that is not canonical yet; a softmax of matrices routes to experts."""
-    ndims = {node: getattr(VALUE.get(node), "ndim", 0) for node in gm.graph.nodes if node.target in (*_HEARTS, FLEX)}
-    return any(node.target is FLEX or ndim > 2 for node, ndim in ndims.items())
+    hearts = (node for node in gm.graph.nodes if _is_heart(node))
+    return any(getattr(VALUE.get(heart), "ndim", 0) > 2 for heart in hearts) or bool(_flexes(gm))
+
+
+def _flexes(gm: fx.GraphModule) -> list[fx.Node]:
+    return [node for node in gm.graph.nodes if node.target is FLEX]
+
+
+def _is_heart(node: fx.Node) -> bool:
+    return is_sdpa(node) or is_softmax(node)
 
 
 def _hearts(gm: fx.GraphModule) -> list[_Heart]:
     """All of `gm` in order, those of flex_attention last and written out in front of it."""
     nodes = [node for node in gm.graph.nodes if node.op == "call_function"]
-    hearts = [_Heart(node, node) for node in nodes if node.target in _HEARTS]
-    for node in nodes:
-        if node.target is not FLEX:
-            continue
+    hearts = [_Heart(node, node) for node in nodes if _is_heart(node)]
+    for node in _flexes(gm):
         reason = why_not(gm, node)
         if reason is not None:
             near_miss(gm, node, reason)

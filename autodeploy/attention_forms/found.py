@@ -19,12 +19,13 @@ aten = torch.ops.aten
 
 @dataclass(frozen=True)
 class Attention:
-    """`output` [.., S, E] is softmax(softcap(Q Kᵀ · scale) + bias + alibi + mask) V.
+    """`output`, with dimensions `output_dims` (`heads`), is softmax(softcap(Q Kᵀ · scale) + bias + alibi + mask) V.
 
     `bias` are the terms that have no closed form; `seen` is the mask of the rest. `words` name the forms it was in.
     """
 
     output: fx.Node
+    output_dims: str
     query: Operand
     key: Operand
     value: Operand
@@ -48,7 +49,7 @@ class Attention:
         """What `output` is, by the canonical op; on tensors, or on proxies that record it."""
         out_dtype = VALUE.of(self.output).dtype
         tensors = [
-            to_heads(tensor, len(operand.shape), operand.is_transposed, heads)
+            to_heads(tensor, operand.dims, heads)
             for tensor, operand, heads in (
                 (query, self.query, self.num_heads),
                 (key, self.key, self.num_kv_heads),
@@ -71,9 +72,7 @@ class Attention:
             span=self.seen.span.name,
             softcap=self.softcap,
         )
-        result = _cast(aten.transpose.int(result, 1, 2), common, out_dtype)
-        groups = (self.num_kv_heads, self.num_heads // self.num_kv_heads)
-        return from_heads(result, VALUE.of(self.output).dim(), groups)
+        return _cast(from_heads(result, self.output_dims, VALUE.of(self.output).shape), common, out_dtype)
 
 
 def _cast(tensor: Any, dtype: torch.dtype, wanted: torch.dtype) -> Any:

@@ -1,11 +1,16 @@
-"""Queries, keys and values as [B, H, S, D], from whatever a matrix product was given.
+"""Queries, keys and values as [B, H, S, D], from whatever a product was given.
 
-Peeling takes away what the canonical op does itself: factors, a transposition, heads merged with the batch, and
-repeats of key-value heads. What cannot be peeled stays in the graph, and is right all the same.
+Peeling takes away what the canonical op does itself: factors, another order of dimensions, heads merged with the batch,
+and repeats of key-value heads, made before or after the heads are transposed. What cannot be peeled stays in the graph,
+and is right all the same.
+
+A letter names a dimension: `b` the row of the batch, `h` the head, `g` the head of a group of `h`, `n` rows and heads
+merged, `s` the place in the sequence, `d` the feature.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
@@ -15,68 +20,90 @@ from torch import fx
 from torch.fx.experimental.symbolic_shapes import statically_known_true, sym_eq
 
 from autodeploy.attention_forms.evaluate import Refused
+from autodeploy.attention_forms.permuted import order_of, permuted
+from autodeploy.attention_forms.repeats import peel_group, peel_heads, skip_copies
 from autodeploy.attention_forms.scores import keeps_rows
 from autodeploy.graph.meta import VALUE
 
 aten = torch.ops.aten
-_COPIES = (aten.clone.default, aten.contiguous.default)
 _RESHAPES = (aten.view.default, aten.reshape.default, aten._unsafe_view.default, aten.flatten.using_ints)
+_ORDERS = {"nsd", "bhsd", "bhgsd"}  # those of a matrix product
 
 
 @dataclass(frozen=True)
 class Operand:
-    """A factor of a matrix product. It is `scale` times `node`, transposed in its last two dimensions or not.
+    """A factor of a product. It is `scale` times `node`, whose dimensions are `dims`.
 
     `repeats` is how often each head of `node` is repeated to give the heads of the product.
     """
 
     node: fx.Node
+    dims: str
     scale: float = 1.0
-    is_transposed: bool = False
     repeats: int = 1
 
     @property
     def shape(self) -> torch.Size:
         return VALUE.of(self.node).shape
 
+    @property
+    def length(self) -> Any:
+        return self.shape[self.dims.index("s")]
+
+    @property
+    def num_heads(self) -> Any:
+        """How many heads it has; None where they are merged with the batch."""
+        heads = (size for size, name in zip(self.shape, self.dims, strict=True) if name in "hg")
+        return None if "n" in self.dims else math.prod(heads)
+
 
 def peel(operand: Operand, number: Callable[[Any], float | None], *, repeats: bool = True) -> Operand:
     """`operand` without everything that the canonical op does itself; `number` tells constants from tensors."""
+    best = operand
     while True:
-        inner = _peel_factor(operand, number) or _peel_view(operand)
+        inner = _peel_factor(operand, number) or _peel_merge(operand)
         if inner is None and repeats:
             inner = _peel_repeat(operand)
+        if inner is not None:
+            best = operand = inner
+            continue
+        inner = _peel_order(operand)
         if inner is None:
-            return operand
+            return best
         operand = inner
+        # Another order is worth nothing by itself: only what lies beneath it is.
+        if operand.dims in _ORDERS:
+            best = operand
 
 
-def to_heads(tensor: Any, ndim: int, is_transposed: bool, num_heads: int) -> Any:
-    """[B * H, S, D], [B, K, G, S, D] or [B, H, S, D], a tensor or a proxy, as [B, H, S, D]; or [.., D, S] as that."""
-    if is_transposed:
-        tensor = aten.transpose.int(tensor, -1, -2)
-    if ndim == 3:
+def to_heads(tensor: Any, dims: str, num_heads: int) -> Any:
+    """A tensor or a proxy whose dimensions are `dims` as [B, H, S, D]."""
+    if "n" in dims:
+        tensor = permuted(tensor, dims, "nsd")
         return aten.unflatten.int(tensor, 0, [-1, num_heads])
-    return aten.flatten.using_ints(tensor, 1, 2) if ndim == 5 else tensor
+    wanted = "".join(name for name in "bhgsd" if name in dims)
+    tensor = permuted(tensor, dims, wanted)
+    if "h" not in dims:
+        return aten.unsqueeze.default(tensor, 1)
+    return aten.flatten.using_ints(tensor, 1, 2) if "g" in dims else tensor
 
 
-def from_heads(tensor: Any, ndim: int, groups: tuple[int, int]) -> Any:
-    """[B, H, S, E] in the dimensions of the product it stands for; `groups` is K, G of [B, K, G, S, E]."""
-    if ndim == 3:
-        return aten.flatten.using_ints(tensor, 0, 1)
-    return aten.unflatten.int(tensor, 1, list(groups)) if ndim == 5 else tensor
+def from_heads(tensor: Any, dims: str, shape: torch.Size) -> Any:
+    """[B, S, H, E] with dimensions `dims`, of a `shape` recorded elsewhere."""
+    made = "bshd"
+    if "g" in dims:
+        groups = [shape[dims.index(name)] for name in "hg"]
+        tensor, made = aten.unflatten.int(tensor, 2, groups), "bshgd"
+    tensor = permuted(tensor, made, dims.replace("n", "bh"))
+    return aten.flatten.using_ints(tensor, 0, 1) if "n" in dims else tensor
 
 
 def num_heads(operand: Operand, known: int | None = None) -> int:
     """How many heads `operand` has, where `known` is what another operand told. Raises Refused where nothing tells."""
-    shape = operand.shape
-    if len(shape) == 4:
-        heads = shape[1]
-    elif len(shape) == 5:
-        heads = shape[1] * shape[2]
-    else:
+    heads = operand.num_heads
+    if heads is None:
         # Heads that were merged with the batch show as a multiple of its symbol.
-        heads = known if known is not None else _heads_of_batch(shape[0])
+        heads = known if known is not None else _heads_of_batch(operand.shape[0])
     if not isinstance(heads, int):
         raise Refused("has heads that cannot be told from its batch")
     return heads
@@ -99,80 +126,53 @@ def _peel_factor(operand: Operand, number: Callable[[Any], float | None]) -> Ope
         return None
     if factor is None or factor <= 0 or not isinstance(inner, fx.Node):
         return None
-    if VALUE.of(inner).dtype != VALUE.of(node).dtype:
+    if VALUE.of(inner).dtype != VALUE.of(node).dtype or VALUE.of(inner).dim() != VALUE.of(node).dim():
         return None
     return replace(operand, node=inner, scale=operand.scale * factor)
 
 
-def _peel_view(operand: Operand) -> Operand | None:
+def _peel_merge(operand: Operand) -> Operand | None:
+    """Rows and heads that a view merged."""
     node = operand.node
-    if node.target in _COPIES:
-        return replace(operand, node=node.all_input_nodes[0])
-    if _swaps_last_two(node):
-        return replace(operand, node=node.all_input_nodes[0], is_transposed=not operand.is_transposed)
-    if not keeps_rows(node) or len(operand.shape) != 3:
+    if operand.dims[0] != "n" or not keeps_rows(node):
         return None
     before = node.all_input_nodes[0]
-    return replace(operand, node=before) if VALUE.of(before).dim() == 4 else None
+    leading = {4: "bh", 5: "bhg"}.get(VALUE.of(before).dim())
+    return replace(operand, node=before, dims=leading + operand.dims[1:]) if leading else None
 
 
-def _swaps_last_two(node: fx.Node) -> bool:
-    ndim = VALUE.of(node).dim()
-    if node.target is aten.transpose.int:
-        return {dim % ndim for dim in node.args[1:3] if isinstance(dim, int)} == {ndim - 2, ndim - 1}
-    if node.target is not aten.permute.default or not isinstance(node.args[1], list):
-        return node.target is aten.mT.default
-    order = [dim % ndim for dim in node.args[1] if isinstance(dim, int)]
-    return order == [*range(ndim - 2), ndim - 1, ndim - 2]
+def _peel_order(operand: Operand) -> Operand | None:
+    """Copies, and dimensions in another order."""
+    node = skip_copies(operand.node)
+    order = order_of(node)
+    if order is None:
+        return None if node is operand.node else replace(operand, node=node)
+    before = dict(zip(order, operand.dims, strict=True))
+    dims = "".join(before[dim] for dim in range(len(order)))
+    return replace(operand, node=node.all_input_nodes[0], dims=dims)
 
 
 def _peel_repeat(operand: Operand) -> Operand | None:
-    """Heads repeated one after another: repeat_interleave, or unsqueeze, expand, reshape."""
-    node = operand.node
-    if len(operand.shape) == 5:
-        return _peel_group(operand)
-    if len(operand.shape) != 4:
+    """Heads repeated one after another."""
+    if "n" in operand.dims or "h" not in operand.dims:
         return None
-    if node.target is aten.repeat_interleave.self_int and len(node.args) == 3 and node.args[2] in (1, -3):
-        return _repeated(operand, node.all_input_nodes[0])
-    if node.target is aten.expand.default and VALUE.of(node.all_input_nodes[0]).dim() == 4:
-        source = node.all_input_nodes[0]
-        rest = [dim for dim in range(4) if dim != 1]
-        same = all(statically_known_true(VALUE.of(source).shape[dim] == operand.shape[dim]) for dim in rest)
-        return _repeated(operand, source) if same and VALUE.of(source).shape[1] == 1 else None
-    if node.target not in _RESHAPES or not keeps_rows(node):
+    node, dim = skip_copies(operand.node), operand.dims.index("h")
+    if "g" in operand.dims:
+        return _with_repeats(operand, peel_group(node, operand.dims.index("g")), operand.dims.replace("g", ""))
+    return _with_repeats(operand, peel_heads(node, dim) or _peel_joined(node, dim), operand.dims)
+
+
+def _peel_joined(node: fx.Node, dim: int) -> tuple[fx.Node, int] | None:
+    """A group dimension that was merged into the heads [.., K, G, ..] and nothing else."""
+    if node.target not in _RESHAPES:
         return None
-    grouped = _skip_copies(node.all_input_nodes[0])
-    inner = _peel_group(replace(operand, node=grouped)) if VALUE.of(grouped).dim() == 5 else None
-    # Both leading dimensions of the repeats have to be merged, and nothing else.
-    return inner if inner and statically_known_true(operand.shape[1] == inner.repeats * inner.shape[1]) else None
-
-
-def _peel_group(operand: Operand) -> Operand | None:
-    """[B, K, G, S, D] that is [B, K, S, D] with a group dimension."""
-    node = _skip_copies(operand.node)
-    groups = operand.shape[2]
-    if node.target is aten.expand.default:
-        before = node.all_input_nodes[0]
-        if VALUE.of(before).dim() != 5 or not statically_known_true(VALUE.of(before).shape[2] == 1):
-            return None
-        same = sym_eq([*VALUE.of(before).shape[:2]], [*VALUE.of(node).shape[:2]])
-        if not statically_known_true(same):
-            return None
-        node = before
-    if node.target is not aten.unsqueeze.default or node.args[1] not in (2, -3) or not isinstance(groups, int):
+    grouped = skip_copies(node.all_input_nodes[0])
+    after, before = VALUE.of(node).shape, VALUE.of(grouped).shape
+    if len(before) != len(after) + 1:
         return None
-    return replace(operand, node=node.all_input_nodes[0], repeats=operand.repeats * groups)
+    merged = [*before[:dim], before[dim] * before[dim + 1], *before[dim + 2 :]]
+    return peel_group(grouped, dim + 1) if statically_known_true(sym_eq([*after], merged)) else None
 
 
-def _repeated(operand: Operand, source: fx.Node) -> Operand | None:
-    heads, fewer = operand.shape[1], VALUE.of(source).shape[1]
-    if not isinstance(heads, int) or not isinstance(fewer, int):
-        return None
-    return replace(operand, node=source, repeats=operand.repeats * (heads // fewer))
-
-
-def _skip_copies(node: fx.Node) -> fx.Node:
-    while node.target in _COPIES:
-        node = node.all_input_nodes[0]
-    return node
+def _with_repeats(operand: Operand, found: tuple[fx.Node, int] | None, dims: str) -> Operand | None:
+    return found and replace(operand, node=found[0], dims=dims, repeats=operand.repeats * found[1])

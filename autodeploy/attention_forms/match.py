@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import operator
+from collections.abc import Collection, Sequence
 from dataclasses import replace
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, fx
@@ -16,14 +17,23 @@ from autodeploy.attention_forms.found import Attention
 from autodeploy.attention_forms.heads import Operand, num_heads, peel
 from autodeploy.attention_forms.in_place import is_overtaken
 from autodeploy.attention_forms.linear import Alibi, read_alibi
+from autodeploy.attention_forms.products import EINSUM, PRODUCTS, Product, as_weighed, factors_of, standard_dims
 from autodeploy.attention_forms.scores import HIDDEN, ScoreReader, Scores, Term, drops_nothing, is_cast, keeps_rows
+from autodeploy.attention_forms.softmaxes import SOFTMAXES, softmax_of
 from autodeploy.attention_forms.unfolder import arguments_of
 from autodeploy.graph.meta import VALUE
 
 aten = torch.ops.aten
 SDPA = aten.scaled_dot_product_attention.default
-SOFTMAXES = (aten.softmax.int, aten._softmax.default)
-_PRODUCTS = (aten.matmul.default, aten.bmm.default)
+# What dispatch makes of it: several results, the first of which is the attention.
+_FUSED = {
+    aten._scaled_dot_product_attention_math.default,
+    aten._scaled_dot_product_cudnn_attention.default,
+    aten._scaled_dot_product_efficient_attention.default,
+    aten._scaled_dot_product_flash_attention.default,
+    aten._scaled_dot_product_flash_attention_for_cpu.default,
+    aten._scaled_dot_product_fused_attention_overrideable.default,
+}
 _FARTHER = 4  # times what a bias adds at most is what a mask must, so that it hides in any case
 _PASSED = (aten.clone.default, aten.contiguous.default, aten.alias.default, aten.detach.default)
 
@@ -43,30 +53,33 @@ class Matcher:
 
         `hides_rows`: a query that sees nothing gives zeros, as with SDPA, and not NaN or the mean of all values.
         """
-        return self._sdpa(node) if node.target is SDPA else self._softmax(node, hides_rows)
+        return self._sdpa(node) if is_sdpa(node) else self._softmax(node, hides_rows)
 
     def _softmax(self, node: fx.Node, hides_rows: bool) -> Attention | None:
-        found = _weighted_product(node)
-        if found is None:
+        weighed = _weighed(node)
+        if weighed is None:
             return None
-        output, is_cut = found
         ndim = VALUE.of(node).dim()
-        scores = self._reader.read(node.all_input_nodes[0]) if ndim > 2 else None
+        logits, dim = softmax_of(node)
+        scores = self._reader.read(logits) if ndim > 2 else None
         if scores is None:
             raise Refused("weighs values by something other than queries times keys")
-        if node.args[1] not in (-1, ndim - 1):
+        if dim not in (-1, ndim - 1):
             raise Refused("has a softmax over another dimension than the keys")
-        if is_cut != (scores.sinks is not None):
+        if weighed.is_cut != (scores.sinks is not None):
             raise Refused("drops some of its weights")
-        _check_used_once(node, output)
-        scores = replace(scores, words=("flex_attention" if hides_rows else "softmax", *scores.words))
-        value = output.args[1]
-        assert isinstance(value, fx.Node)
-        return self._attention(output, scores, value, hides_rows=hides_rows)
+        _check_used_once(node, weighed.output)
+        form = "flex_attention" if hides_rows else "softmax" if node.target in SOFTMAXES else "exp over sum"
+        scores = replace(scores, words=(form, *scores.words))
+        return self._attention(weighed.output, scores, weighed.product, hides_rows=hides_rows)
 
     def _sdpa(self, node: fx.Node) -> Attention:
-        arguments = arguments_of(node)
-        query, key, value, mask = (arguments[name] for name in ("query", "key", "value", "attn_mask"))
+        call = node if node.target is SDPA else node.all_input_nodes[0]
+        arguments = arguments_of(call)
+        query, key, value = (arguments[name] for name in ("query", "key", "value"))
+        mask = arguments.get("attn_mask", arguments.get("attn_bias"))
+        if any(result is not node and result.users for result in call.users if call is not node):
+            raise Refused("has weights, or their sum, that are used elsewhere too")
         if arguments["dropout_p"]:
             raise Refused("has dropout; call model.eval() before tracing")
         shape = VALUE.of(query).shape
@@ -76,23 +89,24 @@ class Matcher:
             raise Refused("has a scale that is not a number")
         if len(shape) not in (3, 4):
             raise Refused(f"has queries of {len(shape)} dimensions")
-        scores = Scores(query, key, scale, causal=bool(arguments["is_causal"]), words=("sdpa",))
+        product = Product(None, value, standard_dims(node), standard_dims(value), standard_dims(node))
+        dims = standard_dims(query), standard_dims(key)
+        scores = Scores(query, key, *dims, scale, causal=bool(arguments["is_causal"]), words=("sdpa",))
         if scores.causal:
             scores = replace(scores, words=("sdpa", "is_causal"))
         if mask is not None:
             role = "keep" if VALUE.of(mask).dtype is torch.bool else "add"
             scores_shape = torch.Size([*shape[:-1], VALUE.of(key).shape[-2]])
             scores = scores.plus(Term(mask, role, scores_shape), "bool mask" if role == "keep" else "float mask")
-        return self._attention(node, scores, value, hides_rows=True, is_transposed=False)
+        return self._attention(node, scores, product, hides_rows=True)
 
-    def _attention(
-        self, output: fx.Node, scores: Scores, value: fx.Node, *, hides_rows: bool, is_transposed: bool = True
-    ) -> Attention:
-        operands = [Operand(scores.query), Operand(scores.key, is_transposed=is_transposed), Operand(value)]
+    def _attention(self, output: fx.Node, scores: Scores, product: Product, *, hides_rows: bool) -> Attention:
+        pairs = ((scores.query, scores.query_dims), (scores.key, scores.key_dims), (product.right, product.right_dims))
+        operands = [Operand(*pair) for pair in pairs]
         _check_recorded(operands)
         _check_lengths(operands)
         query, key, value_operand = self._peel(operands)
-        heads = num_heads(query, _heads_of(key, value_operand, scores, output))
+        heads = num_heads(query, _heads_of(key, value_operand, scores, product, output))
         kv_heads = num_heads(key, heads)
         if num_heads(value_operand, kv_heads) != kv_heads or heads % kv_heads:
             raise Refused(f"has {heads} query heads on {kv_heads} key heads and another number of value heads")
@@ -101,6 +115,7 @@ class Matcher:
         words += ["grouped heads"] if kv_heads < heads else []
         found = Attention(
             output=output,
+            output_dims=product.dims,
             query=query,
             key=key,
             value=value_operand,
@@ -188,15 +203,34 @@ class Matcher:
         return is_given or any(number <= HIDDEN for number in constants(term.node))
 
 
-def _weighted_product(node: fx.Node) -> tuple[fx.Node, bool] | None:
-    """The matrix product that a softmax's result is the left factor of, and whether a last entry was cut off before."""
-    is_cut = False
-    for user in _line_of_users(node):
-        if user.target in _PRODUCTS:
-            return (user, is_cut) if VALUE.of(user).dim() > 2 else None
-        if user.target is aten.slice.Tensor:
-            is_cut = True
-    return None
+def is_sdpa(node: fx.Node) -> bool:
+    """Whether `node` is a scaled_dot_product_attention, or the first result of what dispatch makes of one."""
+    if node.target is operator.getitem and node.args[1] == 0:
+        return any(map(is_fused, node.all_input_nodes))
+    return node.target is SDPA
+
+
+def is_fused(node: fx.Node) -> bool:
+    """Whether `node` is what dispatch makes of a scaled_dot_product_attention."""
+    return node.target in _FUSED
+
+
+class _Weighed(NamedTuple):
+    """The `product` of weights and values at `output`; whether a last entry of the weights was cut off before."""
+
+    output: fx.Node
+    product: Product
+    is_cut: bool
+
+
+def _weighed(node: fx.Node) -> _Weighed | None:
+    """The product that a softmax's result is a factor of."""
+    *line, output = _line_of_users(node) or [node]
+    if output is node or VALUE.of(output).dim() < 3:
+        return None
+    weights = next(factor for factor in factors_of(output) if factor in (node, *line))
+    is_cut = any(user.target is aten.slice.Tensor for user in line)
+    return _Weighed(output, as_weighed(output, weights), is_cut)
 
 
 def _line_of_users(node: fx.Node) -> list[fx.Node]:
@@ -205,14 +239,17 @@ def _line_of_users(node: fx.Node) -> list[fx.Node]:
     waiting = list(node.users)
     while waiting:
         user = waiting.pop()
-        if user.target in _PRODUCTS and user.args[0] in (node, *line):
+        if user.target in PRODUCTS and _is_weighed(user, (node, *line)):
             return [*line, user]
-        if user.target is aten.einsum.default and VALUE.of(node).dim() > 3:
-            raise Refused("weighs values with an einsum")
         if user.target in _PASSED or is_cast(user) or keeps_rows(user) or drops_nothing(user) or _cuts_last(user):
             line.append(user)
             waiting += user.users
     return []
+
+
+def _is_weighed(node: fx.Node, weights: Collection[fx.Node]) -> bool:
+    factors = factors_of(node)
+    return any(factor in weights for factor in (factors if node.target is EINSUM else factors[:1]))
 
 
 def _cuts_last(node: fx.Node) -> bool:
@@ -236,16 +273,16 @@ def _check_recorded(operands: Sequence[Operand]) -> None:
 
 def _check_lengths(operands: Sequence[Operand]) -> None:
     query, key, value = operands
-    num_keys = key.shape[-1] if key.is_transposed else key.shape[-2]
-    if not all(statically_known_true(query.shape[-2] == size) for size in (num_keys, value.shape[-2])):
+    if not all(statically_known_true(query.length == size) for size in (key.length, value.length)):
         raise Refused("has keys that are not this sequence's own tokens: they are of another length")
 
 
-def _heads_of(key: Operand, value: Operand, scores: Scores, output: fx.Node) -> int | None:
+def _heads_of(key: Operand, value: Operand, scores: Scores, product: Product, output: fx.Node) -> int | None:
     """The number of query heads that something other than the queries tells."""
-    told = [operand.shape[1] * operand.repeats for operand in (key, value) if len(operand.shape) == 4]
+    told = [operand.num_heads * operand.repeats for operand in (key, value) if operand.num_heads is not None]
     told += [term.shape[1] for term in scores.terms if len(term.shape) == 4]
-    told += [VALUE.of(user).shape[1] for user in output.users if keeps_rows(user) and VALUE.of(user).dim() == 4]
+    if product.dims == "nsd":
+        told += [VALUE.of(user).shape[1] for user in output.users if keeps_rows(user) and VALUE.of(user).dim() == 4]
     return next((heads for heads in told if isinstance(heads, int)), None)
 
 

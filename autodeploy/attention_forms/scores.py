@@ -12,11 +12,14 @@ from torch import Tensor, fx
 from torch.fx.experimental.symbolic_shapes import statically_known_true, sym_eq
 
 from autodeploy.attention_forms.evaluate import Evaluator, Refused
+from autodeploy.attention_forms.products import EINSUM, PRODUCTS, as_scores
+from autodeploy.attention_forms.written import is_whole, mask_of_put
 from autodeploy.graph.meta import VALUE
 
 aten = torch.ops.aten
-# What a mask puts in place of a score, at least: the smallest float16. No softmax weight is left of it.
-HIDDEN = -65504.0
+# What a mask puts in place of a score, at least. Models put -1e4 there, or the smallest float16, which the scale of
+# heads of 256 features makes -4094. Beside a score above -3896 no weight is left of it: exp(-104) is 0 in float32.
+HIDDEN = -4000.0
 
 
 @dataclass(frozen=True)
@@ -37,12 +40,14 @@ class Term:
 class Scores:
     """Scores as far as they have been read.
 
-    `key` is [..., D, S], as it is multiplied; `softcap` is what tanh(scale QK) is multiplied by, `terms` are in order.
-    `words` name the forms on the way, for the table of forms.
+    `query_dims` and `key_dims` name the dimensions of the two (`heads`); `softcap` is what tanh(scale QK) is multiplied
+    by, `terms` are in order. `words` name the forms on the way, for the table of forms.
     """
 
     query: fx.Node
     key: fx.Node
+    query_dims: str
+    key_dims: str
     scale: float = 1.0
     softcap: float | None = None
     terms: tuple[Term, ...] = ()
@@ -88,7 +93,7 @@ class ScoreReader:
     def _read_new(self, node: fx.Node) -> Scores | None:
         if node.op != "call_function":
             return None
-        if node.target in _PRODUCTS:
+        if node.target in (*PRODUCTS, aten.baddbmm.default):
             return self._product(node)
         if node.target in _SAME or _keeps_scores(node):
             return self.read(node.all_input_nodes[0])
@@ -106,16 +111,18 @@ class ScoreReader:
         return float(self._constants(value)) if is_single and not _is_symbolic(value) else None
 
     def _product(self, node: fx.Node) -> Scores | None:
-        if node.target is aten.baddbmm.default:
-            added, query, key = node.args
-            factors = [self.number(node.kwargs.get(name, 1)) for name in ("alpha", "beta")]
-            if None in factors:
-                return None
-            scores = Scores(_node(query), _node(key), words=("baddbmm",)).times(factors[0] or 0.0)
-            return scores.plus(_term(node, added, "add", factor=factors[1]), "added") if factors[1] else scores
-        query, key = node.args
-        name = "matmul" if node.target is aten.matmul.default else "bmm"
-        return Scores(_node(query), _node(key), words=(name,))
+        product = as_scores(node)
+        if product is None:
+            return None
+        name = "einsum" if node.target is EINSUM else node.target._opname  # type: ignore[union-attr]
+        scores = Scores(product.left, product.right, product.left_dims, product.right_dims, words=(name,))
+        if node.target is not aten.baddbmm.default:
+            return scores
+        factors = [self.number(node.kwargs.get(name, 1)) for name in ("alpha", "beta")]
+        if None in factors:
+            return None
+        scores = scores.times(factors[0] or 0.0)
+        return scores.plus(_term(node, node.args[0], "add", factor=factors[1]), "added") if factors[1] else scores
 
     def _mul(self, node: fx.Node) -> Scores | None:
         first, second = node.args
@@ -177,6 +184,18 @@ class ScoreReader:
         inner = self.read(_node(scores))
         return inner and inner.plus(_term(node, mask, "drop", fill=self.number(fill)), "masked_fill")
 
+    def _index_put(self, node: fx.Node) -> Scores | None:
+        inner = self.read(_node(node.args[0]))
+        if inner is None:
+            return None
+        found = mask_of_put(node)
+        if found is None:
+            raise Refused("writes to its scores at places that are no mask of theirs")
+        return inner.plus(_term(node, found[0], "drop", fill=self.number(found[1])), "masked_fill")
+
+    def _slice_scatter(self, node: fx.Node) -> Scores | None:
+        return self.read(_node(node.args[1])) if is_whole(node) else None
+
     def _clamp(self, node: fx.Node) -> Scores | None:
         scores, low = _node(node.args[0]), self.number(node.args[1])
         if low is None or low > HIDDEN or len(node.args) > 2 or node.kwargs:
@@ -199,7 +218,7 @@ class ScoreReader:
 
 def is_cast(node: fx.Node) -> bool:
     """Whether `node` only turns floats into other floats."""
-    if node.target not in (aten.to.dtype, aten._to_copy.default, aten.to.dtype_layout):
+    if node.target not in _CASTS:
         return False
     before, after = (VALUE.of(n) for n in (node.all_input_nodes[0], node))
     return before.is_floating_point() and after.is_floating_point() and before.device == after.device
@@ -266,7 +285,7 @@ def _node(value: Any) -> fx.Node:
     return value
 
 
-_PRODUCTS = frozenset({aten.matmul.default, aten.bmm.default, aten.baddbmm.default})
+_CASTS = (aten.to.dtype, aten._to_copy.default, aten.to.dtype_layout, aten.type_as.default, aten.to.other)
 _SAME = frozenset({aten.clone.default, aten.contiguous.default, aten.alias.default, aten.detach.default})
 _VIEWS = (
     aten.view.default,
@@ -295,4 +314,6 @@ _READERS: dict[Any, Callable[[ScoreReader, fx.Node], Scores | None]] = {
     aten.clamp_min.default: ScoreReader._clamp,
     aten.clamp.default: ScoreReader._clamp,
     aten.cat.default: ScoreReader._cat,
+    aten.index_put.default: ScoreReader._index_put,
+    aten.slice_scatter.default: ScoreReader._slice_scatter,
 }

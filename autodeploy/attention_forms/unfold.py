@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
+from autodeploy.attention_forms import written
 from autodeploy.attention_forms.evaluate import Refused
 from autodeploy.attention_forms.places import Value, Values, aten, compute, places_of
 from autodeploy.attention_forms.reshaped import reshaped
@@ -265,6 +266,9 @@ _RULES: dict[str, Rule] = {
     **dict.fromkeys(("flatten", "unflatten"), _reshape),
     **dict.fromkeys(("permute", "transpose", "t", "mT"), _permute),
     **dict.fromkeys(("tril", "triu"), _triangle),
+    "fill": written.fill,
+    "index_put": written.put,
+    "slice_scatter": written.slice_scatter,
     "arange": _arange,
     "select": _select,
     "slice": _slice,

@@ -7,6 +7,7 @@ Before, from Dynamo:                                After:
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable
 from typing import Any
 
@@ -44,13 +45,24 @@ def from_dynamo(gm: fx.GraphModule) -> fx.GraphModule:
     return traced
 
 
+def functional(program: ExportedProgram) -> ExportedProgram:
+    """`program` without ops that write over their arguments, where it has any; other ops stay as they are."""
+    targets = (node.target for node in program.graph.nodes)
+    if not any(isinstance(target, torch._ops.OpOverload) and target._schema.is_mutable for target in targets):
+        return program
+    with warnings.catch_warnings():
+        # torch copies its own trees with a class that it has deprecated.
+        warnings.simplefilter("ignore", FutureWarning)
+        return program.run_decompositions({})
+
+
 def from_export(program: ExportedProgram, pick: Callable[[Any], Any] | None = None) -> fx.GraphModule:
     """The module of `program` as a graph of tensors in and one tensor out; other inputs, baked in anyway, are dropped.
 
     `pick` takes the output out of what the exported module returned; by default its `logits`, or its only tensor.
     Raises TraceError where that is no tensor.
     """
-    module = program.module(check_guards=False)
+    module = functional(program).module(check_guards=False)
     assert isinstance(module, fx.GraphModule)
     graph = module.graph
     output = graph.output_node()
