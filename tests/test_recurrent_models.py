@@ -30,6 +30,7 @@ TYPES = {
     "bamba": ("ssd", 2, 14),
     "mamba": ("selective_scan", 4, None),
     "jamba": ("selective_scan", 2, 14),
+    "minimax": ("ssd", 2, 14),
 }
 WITH_PAGES = [name for name, (*_, num_pages) in TYPES.items() if num_pages]
 PAGE_SIZE = 4

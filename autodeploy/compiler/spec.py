@@ -66,12 +66,20 @@ def check_nothing_left_outside(parts: Split) -> None:
 
 
 def check_reads_come_from_prepare(gm: fx.GraphModule, prepare: fx.Node, parts: Split) -> None:
-    """Every cached attention node reads metadata only from prepare_metadata or from graph inputs."""
+    """Every cached attention node reads metadata only from prepare_metadata or from graph inputs.
+
+    What is computed from constants alone is no metadata: the decays of a layer may be.
+    """
+    constant: set[fx.Node] = set()
     for node in gm.graph.nodes:
+        if node.op == "get_attr" or (node.op == "call_function" and constant.issuperset(node.all_input_nodes)):
+            constant.add(node)
         if not SITE.on(node):
             continue
         for arg in node.all_input_nodes:
-            is_computed = arg in parts.known and arg.op == "call_function" and arg not in parts.scalars
+            is_computed = (
+                arg in parts.known and arg not in constant and arg.op == "call_function" and arg not in parts.scalars
+            )
             if is_computed and arg.all_input_nodes != [prepare]:
                 raise InvariantError(
                     f"attention reads {arg.name}, which is not an output of {PREPARE}", where=node_location(node)

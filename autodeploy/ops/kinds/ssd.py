@@ -187,6 +187,23 @@ def _mamba2_chunk_scan(
     return (out, None) if return_final_states else out
 
 
+def _lightning_attention(
+    module: Any, hidden_states: Tensor, attention_mask: Tensor | None = None, past_key_values: Any = None, **_: Any
+) -> tuple[Tensor, None]:
+    """In place of MiniMax's layer: linear attention is a scan whose decay is a constant of each head.
+
+    MiniMax keeps the state in the model's dtype.
+    """
+    if attention_mask is not None or past_key_values is not None:
+        raise UnsupportedFeature("lightning attention with a mask or a cache", where=type(module).__name__)
+    qkv = module.act_fn(module.qkv_proj(hidden_states)).unflatten(-1, (module.num_attention_heads, -1))
+    query, key, value = qkv.split(module.head_dim, dim=3)
+    decay, every = -module.slope_rate.flatten(), torch.ones_like(query[..., 0])
+    out = ssd(value, every, decay, key, query, chunk_size=module.block_size).to(value.dtype)
+    gate = torch.sigmoid(module.output_gate(hidden_states))
+    return module.out_proj(gate * module.norm(out.flatten(2))), None
+
+
 class Ssd(Kind[SsdFacts]):
     name = "ssd"
     meaning = "state-space scan of Mamba2, in chunks, with a matrix for each head as state"
@@ -195,7 +212,10 @@ class Ssd(Kind[SsdFacts]):
     tolerances = TOLERANCES
     token_dims = (1, 1, None, 1, 1, None, None)
     result_dim = 1
-    doors = (Door("mamba2_chunk_scan", _mamba2_chunk_scan),)
+    doors = (
+        Door("mamba2_chunk_scan", _mamba2_chunk_scan),
+        Door("forward", _lightning_attention, owner="MiniMaxLightningAttention"),
+    )
 
     @property
     def reference(self) -> Backend:
