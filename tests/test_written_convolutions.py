@@ -23,6 +23,9 @@ CAUSAL: dict[str, Form] = {
     ],
     "padded in front": lambda x, w, b: F.conv1d(F.pad(x, (TAPS - 1, 0)), w, b, groups=CHANNELS),
     "padded by a value of zero": lambda x, w, b: F.conv1d(F.pad(x, (TAPS - 1, 0), value=0.0), w, groups=CHANNELS),
+    "with gaps, cut to all of it": lambda x, w, b: F.conv1d(
+        F.pad(x, (6, 0))[..., -(6 + x.shape[2]) :], w[..., :3], b, dilation=3, groups=CHANNELS
+    ),
     "the token before": lambda x, w, b: F.pad(x.transpose(1, 2), (0, 0, 1, -1)).transpose(1, 2),
 }
 OTHERS: dict[str, Form] = {
@@ -30,7 +33,7 @@ OTHERS: dict[str, Form] = {
     "padded behind": lambda x, w, b: F.conv1d(F.pad(x, (0, TAPS - 1)), w, b, groups=CHANNELS),
     "padded by ones": lambda x, w, b: F.conv1d(F.pad(x, (TAPS - 1, 0), value=1.0), w, b, groups=CHANNELS),
     "padded by itself": lambda x, w, b: F.conv1d(F.pad(x, (TAPS - 1, 0), mode="circular"), w, b, groups=CHANNELS),
-    "with gaps": lambda x, w, b: F.conv1d(F.pad(x, (6, 0)), w, b, dilation=2, groups=CHANNELS),
+    "with gaps, too short": lambda x, w, b: F.conv1d(F.pad(x, (5, 1)), w[..., :3], b, dilation=3, groups=CHANNELS),
     "read twice": lambda x, w, b: (
         (y := F.conv1d(x, w, b, padding=TAPS - 1, groups=CHANNELS))[..., : x.shape[2]] + y[..., TAPS - 1 :]
     ),

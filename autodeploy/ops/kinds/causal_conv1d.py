@@ -6,6 +6,7 @@ Shapes: B batch, C channels, S tokens, K taps.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, cast
 
 import torch
@@ -122,21 +123,39 @@ def _convolution(node: fx.Node) -> Written | None:
     arguments: Any = (*node.args, *_CONV1D_DEFAULTS[len(node.args) - 2 :])
     hidden, weight, bias, stride, padding, dilation, groups = arguments
     channels, shared, taps = VALUE.of(weight).shape
-    if (shared, groups, list(stride), list(dilation)) != (1, channels, [1], [1]):
+    (gap,) = dilation
+    reach = (taps - 1) * gap
+    if (shared, groups, list(stride)) != (1, channels, [1]):
         return None
     output = node
-    if list(padding) == [taps - 1]:
+    if list(padding) == [reach]:
         output, *others = node.users
         if others or output.target is not torch.ops.aten.slice.Tensor or output.args[2] not in (None, 0):
             return None
-    elif _is_zeros(hidden, [taps - 1, 0]):
-        hidden = hidden.args[0]
-    is_cut = statically_known_true(sym_eq(VALUE.of(output).shape, VALUE.of(hidden).shape))
-    return Written(output, _convolve, (hidden, weight, bias)) if is_cut else None
+    elif _is_zeros(_uncut(hidden), [reach, 0]):
+        hidden = _uncut(hidden).args[0]
+    is_cut = _is_as_large(output, hidden)
+    return Written(output, partial(_convolve, gap, reach + 1), (hidden, weight, bias)) if is_cut else None
 
 
-def _convolve(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    return torch.ops.autodeploy.causal_conv1d.default(hidden, torch.ops.aten.squeeze.dim(weight, 1), bias)
+def _convolve(gap: int, num_taps: int, hidden: Tensor, weight_C1N: Tensor, bias: Tensor | None) -> Tensor:
+    """With zeros for taps in the gaps of a dilated convolution."""
+    aten = torch.ops.aten
+    if gap > 1:
+        spread_C1ND = aten.constant_pad_nd.default(aten.unsqueeze.default(weight_C1N, 3), [0, gap - 1])
+        weight_C1N = aten.slice.Tensor(aten.flatten.using_ints(spread_C1ND, 2), 2, 0, num_taps)
+    return torch.ops.autodeploy.causal_conv1d.default(hidden, aten.squeeze.dim(weight_C1N, 1), bias)
+
+
+def _uncut(node: fx.Node) -> fx.Node:
+    """What `node` is all of, in a slice that drops nothing."""
+    while node.target is torch.ops.aten.slice.Tensor and _is_as_large(node, node.all_input_nodes[0]):
+        node = node.all_input_nodes[0]
+    return node
+
+
+def _is_as_large(node: fx.Node, other: fx.Node) -> bool:
+    return statically_known_true(sym_eq(VALUE.of(node).shape, VALUE.of(other).shape))
 
 
 def _shift(node: fx.Node) -> Written:
