@@ -133,7 +133,7 @@ def _convolution(node: fx.Node) -> Written | None:
         if others or output.target is not torch.ops.aten.slice.Tensor or output.args[2] not in (None, 0):
             return None
     elif _is_zeros(_uncut(hidden), [reach, 0]):
-        hidden = _uncut(hidden).args[0]
+        hidden = _uncut(hidden).all_input_nodes[0]
     is_cut = _is_as_large(output, hidden)
     return Written(output, partial(_convolve, gap, reach + 1), (hidden, weight, bias)) if is_cut else None
 
