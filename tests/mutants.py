@@ -57,7 +57,7 @@ _SLOW = "get_one_node random_graphs test_sharing_proved"
 PARTS = [
     _part("graph/equality", f"test_equality {_SHARING}", _SLOW),
     _part("graph/effects", f"test_effects {_SHARING}", _SLOW),
-    _part("graph/aliasing", f"test_effects test_equality {_SHARING}", _SLOW),
+    _part("graph/aliasing", f"test_effects test_equality test_aliasing {_SHARING}", _SLOW),
     _part("graph/dependence", f"test_effects {_SHARING}", _SLOW),
     _part("graph/outline", _SHARING, _SLOW),
     _part("graph/tokens", "test_mixing test_token_sweep", "test_passes_nest_inputs"),
@@ -67,7 +67,11 @@ PARTS = [
         "another_checkpoint",
     ),
     _part("runtime/pages", "test_pages test_scheduler test_packer test_engine"),
-    _part("runtime/scheduler", "test_scheduler test_failing_requests test_packer test_engine"),
+    _part(
+        "runtime/scheduler",
+        "test_scheduler test_failing_requests test_packer test_engine test_logprobs",
+        "equal_to_transformers compiled_steps",
+    ),
 ]
 _OPTIONS = ["-o", "addopts=", "-x", "-q", "--no-header", "--tb=short", "-p", "no:cacheprovider", "-p", "no:xdist"]
 _OPTIONS += ["-W", "ignore::pytest.PytestAssertRewriteWarning"]  # hypothesis is loaded before pytest starts

@@ -145,7 +145,7 @@ def samples(op: Any, dtype: torch.dtype, number: int) -> list[Any]:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         torch.manual_seed(0)
-        found = list(islice(op.sample_inputs("cpu", dtype, requires_grad=False), number))
+        found = list(islice(op.sample_inputs_func(op, "cpu", dtype, False), number))
     return [sample for sample in found if all(each.numel() <= _MAX_NUMEL for each in _tensors(sample))]
 
 

@@ -11,10 +11,12 @@ from typing import Any
 import pytest
 import torch
 from torch import fx
+from torch._dynamo.source import ConstantSource
+from torch.fx.experimental.symbolic_shapes import ShapeEnv
 from torch.nn import functional as F
 
 from autodeploy.graph.aliasing import aliased, mutated, returned, writes
-from autodeploy.graph.dependence import find_scalars
+from autodeploy.graph.dependence import find_scalars, input_roles
 from autodeploy.graph.effects import (
     EFFECTS,
     HOST,
@@ -26,8 +28,9 @@ from autodeploy.graph.effects import (
     changes_surroundings,
     impurity,
     is_needed,
+    is_pure,
 )
-from autodeploy.graph.meta import CONSTANT, ROLE
+from autodeploy.graph.meta import CONSTANT, ROLE, VALUE
 
 aten = torch.ops.aten
 Make = Callable[[fx.Graph, fx.Node], fx.Node]
@@ -98,6 +101,7 @@ IMPURE: dict[str, tuple[Make, str]] = {
 def test_pure(name: str) -> None:
     _, node = one(PURE[name])
     assert impurity(node) is None
+    assert is_pure(node)
     assert writes(node) == []
     assert not is_needed(node)
 
@@ -107,6 +111,7 @@ def test_impure(name: str) -> None:
     make, reason = IMPURE[name]
     x, node = one(make)
     assert impurity(node) == reason
+    assert not is_pure(node)
     assert is_needed(node) == (reason != HOST)
     if reason == WRITES and name != "statistics":
         assert set(writes(node)) == {x}
@@ -147,7 +152,9 @@ def test_statistics_are_written_to_and_nothing_else() -> None:
     assert mutated(x.graph).values >= {mean, var}
 
 
-@pytest.mark.parametrize("make", [function(aten.add.Tensor, 1), function(operator.mul, 2.0), method("clone")])
+@pytest.mark.parametrize(
+    "make", [function(aten.add.Tensor, 1), function(operator.mul, 2.0), function(operator.mul, 2j), method("clone")]
+)
 def test_new_values_share_nothing(make: Make) -> None:
     _, node = one(make)
     assert aliased(node) == []
@@ -168,8 +175,11 @@ def test_a_size_made_up_by_tracing() -> None:
             return x.nonzero() * 2
 
     graph = torch.export.export(Nonzero(), (torch.arange(4),)).graph
-    found = [(impurity(node), is_needed(node)) for node in graph.nodes if node.target is aten.nonzero.default]
-    assert found == [(UNBACKED, False)]
+    made, doubled = (node for node in graph.nodes if node.target in (aten.nonzero.default, aten.mul.Tensor))
+    assert (impurity(made), is_needed(made)) == (UNBACKED, False)
+    assert impurity(doubled) is None
+    doubled.target = torch.ops.prims.mul.default
+    assert impurity(doubled) is None
 
 
 class Branches(torch.nn.Module):
@@ -186,6 +196,34 @@ def test_a_branch_is_as_pure_as_its_bodies(body: Callable[..., Any], reason: str
     program = torch.export.export(Branches(body), (torch.ones(3),))
     nodes = program.module(check_guards=False).graph.nodes
     assert [impurity(node) for node in nodes if node.target is torch.ops.higher_order.cond] == [reason]
+
+
+def _running(region: str, body: Callable[..., Any], is_named: bool) -> fx.Node:
+    """A node that runs the graph of a call of `body`, given by position or by name."""
+    _, inner = one(function(body))
+    inner.graph.output(inner)
+    root, graph = {"body": fx.GraphModule({}, inner.graph)}, fx.Graph()
+    named = {"x": graph.placeholder("x"), "body": graph.create_node("get_attr", "body")}
+    target = getattr(torch.ops.higher_order, region)
+    graph.output(graph.call_function(target, () if is_named else tuple(named.values()), named if is_named else {}))
+    return fx.GraphModule(root, graph).graph.output_node().all_input_nodes[0]
+
+
+REGIONS = ["cond", "while_loop", "scan", "associative_scan", "map_impl", "flex_attention", "invoke_subgraph"]
+REGIONS += ["wrap_with_autocast", "wrap_with_set_grad_enabled"]
+
+
+@pytest.mark.parametrize("is_named", [False, True])
+@pytest.mark.parametrize("region", REGIONS)
+def test_a_region_is_as_pure_as_its_body(region: str, is_named: bool) -> None:
+    bodies = {torch.sin: None, torch.bernoulli: RANDOM, print: UNKNOWN, torch.relu_: WRITES}
+    assert {body: impurity(_running(region, body, is_named)) for body in bodies} == bodies
+
+
+@pytest.mark.parametrize(("op", "reason"), [(aten.mm.default, None), (aten.bernoulli.default, RANDOM)])
+def test_an_op_in_another_dtype_is_as_pure_as_it_is(op: Callable[..., Any], reason: str | None) -> None:
+    (x,) = inputs(torch.zeros(2, 2))
+    assert impurity(x.graph.call_function(torch.ops.higher_order.out_dtype, (op, torch.int32, x, x))) == reason
 
 
 @torch.compiler.nested_compile_region
@@ -327,6 +365,16 @@ def test_a_module_writes_to_its_tensors_under_any_name(leaf: torch.nn.Module) ->
     assert other not in mutated(gm.graph).values
 
 
+def test_modules_share_tensors_and_not_settings() -> None:
+    root = torch.nn.ModuleDict({"norm": torch.nn.BatchNorm1d(2), "tanh": torch.nn.Tanh()})
+    x, y = inputs(None, None)
+    for node in (x, y):
+        ROLE.set(node, "tokens")
+    x.graph.output((x.graph.call_module("norm", (x,)), x.graph.call_module("tanh", (y,))))
+    gm = fx.GraphModule(root, x.graph)
+    assert [node in mutated(gm.graph).values for node in gm.graph.find_nodes(op="call_module")] == [True, False]
+
+
 def test_what_a_module_returns_may_be_its_own() -> None:
     """Each call of it may give the same buffer, which is then written to."""
     root = torch.nn.Module()
@@ -422,6 +470,13 @@ def test_a_list_keeps_what_is_assigned_to_it_and_a_tensor_copies_it(value: torch
     assert (item in returned(holder.graph)) == is_kept
 
 
+def test_a_list_that_is_written_out_keeps_what_is_assigned_to_it() -> None:
+    first, item = inputs(torch.zeros(2), torch.zeros(2))
+    item.graph.call_function(operator.setitem, ([first], 0, item))
+    item.graph.output(())
+    assert returned(item.graph) == {first, item}
+
+
 NAMES = {name.removeprefix("aten::").split(".")[0] for name in torch._C._dispatch_get_all_op_names()}
 RESIZING = sorted(name for name in NAMES if "resize" in name and name.endswith("_") and "::" not in name)
 RESHAPING = [function(getattr(aten, name)) for name in [*RESIZING, "t_", "squeeze_", "transpose_", "set_"]]
@@ -462,6 +517,18 @@ def test_numbers_are_written_to_by_operators_alone() -> None:
     assert first not in written
 
 
+def test_inputs_that_are_numbers_are_known_to_be() -> None:
+    shape_env = ShapeEnv()
+    size = shape_env.create_symintnode(shape_env.create_symbol(7, ConstantSource("n")), hint=7)
+    numbers = [7, 1.5, True, size, torch.sym_float(size), size == 7]
+    graph = fx.Graph()
+    nodes = [graph.placeholder(f"n{index}") for index in range(len(numbers))]
+    for node, number in zip(nodes, numbers, strict=True):
+        VALUE.set(node, number)
+    assert find_scalars(graph) == set(nodes)
+    assert set(input_roles(graph).values()) == {"layout"}
+
+
 @pytest.mark.parametrize("target", [aten.set_.source_Tensor, aten.set_data.default])
 def test_what_is_made_to_share_storage_does(target: Callable[..., Any]) -> None:
     x, y = inputs(torch.zeros(2), torch.zeros(2))
@@ -491,4 +558,7 @@ def test_autocast_regions_open_and_close() -> None:
     ],
 )
 def test_what_changes_how_others_compute(target: Callable[..., Any], changes: bool) -> None:
-    assert changes_surroundings(fx.Graph().create_node("call_function", target, (1,), name="call")) == changes
+    graph = fx.Graph()
+    assert changes_surroundings(graph.create_node("call_function", target, (1,), name="call")) == changes
+    of_a_value = graph.create_node("call_function", target, (graph.placeholder("x"),), name="call")
+    assert not changes_surroundings(of_a_value)

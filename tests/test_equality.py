@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import operator
+import pickle
 from collections.abc import Callable, Collection
 from typing import Any
 
 import pytest
 import torch
+from tensor_forms import on_another_device, plain
 from torch import Tensor, fx
 from torch.export import Dim
 from torch.nn import functional as F
@@ -139,6 +141,8 @@ def test_other_spellings_are_compared_as_they_stand() -> None:
 
 LITERALS = [0, 1, True, False, 0.0, -0.0, 1.0, 0j, complex(0.0, -0.0), complex(-0.0, 0.0), 1 + 0j, None, "1", b"1"]
 LITERALS += [..., slice(0, 1), slice(0, 1.0), [0], [0, 0], [], {"a": 0}, torch.int32, torch.int64, torch.strided]
+LITERALS += [2**70, 0.1, "a word", b"a word", torch.device("cpu"), torch.device("meta"), torch.contiguous_format]
+LITERALS += [torch.channels_last, torch.sparse_coo]
 
 
 @pytest.mark.parametrize("target", [aten.add.Tensor, torch.add])
@@ -147,7 +151,8 @@ def test_no_two_literals_are_equal(target: Callable[..., Any]) -> None:
     x = graph.placeholder("x")
     keys = [value_key(graph.call_function(target, (x, literal))) for literal in LITERALS]
     assert len(set(keys)) == len(LITERALS)
-    assert keys == [value_key(graph.call_function(target, (x, literal))) for literal in LITERALS]
+    again = [value_key(graph.call_function(target, (x, pickle.loads(pickle.dumps(each))))) for each in LITERALS]
+    assert keys == again
 
 
 def named(**tensors: Tensor) -> list[fx.Node]:
@@ -215,6 +220,21 @@ def test_constants_of_tracing_are_equal_by_their_bits(value: Tensor) -> None:
     nodes = named(one=value, same=same, other=value.to(torch.complex64))
     mark(nodes, ())
     assert merge_equal(nodes[0].graph, nodes) == {nodes[1]}
+
+
+def constant_key(value: Tensor) -> Any:
+    (node,) = named(one=value)
+    mark([node], ())
+    return value_key(node)
+
+
+def test_constants_are_told_apart_by_more_than_their_bytes() -> None:
+    forms = plain("with a gradient", "parameter", "part of its memory", "another part")  # which make no other values
+    assert len({constant_key(value) for value in forms.values()}) == len(forms)
+    one, other = torch.zeros(2), torch.zeros(2)
+    with on_another_device(other):
+        assert constant_key(one) != constant_key(other)
+    assert constant_key(one) == constant_key(other)
 
 
 LEAF = torch.nn.Tanh()

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import dis
 import enum
+import inspect
+import os
 import threading
 import types
 from dataclasses import dataclass
@@ -10,9 +13,15 @@ from typing import Any
 
 import pytest
 import torch
+from tensor_forms import on_another_device, plain
 from torch import nn
 
-from autodeploy.inductor.fingerprint import Fingerprint, NotHashable
+import autodeploy as ad
+from autodeploy.graph.aliasing import Writes
+from autodeploy.graph.effects import autocast_change
+from autodeploy.inductor import fingerprint
+from autodeploy.inductor.fingerprint import Fingerprint, NotHashable, has_installed_code
+from passes import ShareMetadata, default
 
 FACTOR = 3.0
 
@@ -82,6 +91,14 @@ def test_different_values_have_different_hashes() -> None:
     assert len({Fingerprint(value).hexdigest() for value in VALUES}) == len(VALUES)
 
 
+def test_tensors_are_told_apart_by_more_than_their_bytes() -> None:
+    forms = plain("part of its memory", "another part")  # which Python code cannot tell apart by accident
+    assert len({Fingerprint(value).hexdigest() for value in forms.values()}) == len(forms)
+    one, other = torch.zeros(2), torch.zeros(2)
+    with on_another_device(other):
+        assert Fingerprint(one).hexdigest() != Fingerprint(other).hexdigest()
+
+
 @pytest.mark.parametrize("value", [threading.Lock(), (x for x in ()), torch.zeros(1, device="meta"), Odd(1)])
 def test_what_cannot_be_hashed_is_refused(value: object) -> None:
     for holder in (value, [value], Mine(value)):  # type: ignore[arg-type]
@@ -95,3 +112,54 @@ def test_what_holds_itself_is_hashed() -> None:
     other: list[Any] = [1, [1]]
     other[1].append(other)
     assert Fingerprint(ring).hexdigest() != Fingerprint(other).hexdigest()
+
+
+def imports_when_it_runs(statement: str, inside: str) -> Any:
+    """A user's function with that import, `inside` of what it does."""
+    names: dict[str, Any] = {"__name__": "__main__"}
+    exec(f"def run():\n {inside.format(statement)}", names)
+    return names["run"]
+
+
+LATE = ["import spans", "from spans import FULL", "import spans.x as y", "from . import x"]
+INSIDE = ["{}", "class Inner:\n  {}", "def inner():\n  {}"]
+
+
+@pytest.mark.parametrize("inside", INSIDE)
+@pytest.mark.parametrize("statement", LATE)
+def test_what_a_function_of_a_user_imports_late_is_refused(statement: str, inside: str) -> None:
+    """Another file decides then what it does."""
+    with pytest.raises(NotHashable, match=r"imports .* when it runs"):
+        Fingerprint(imports_when_it_runs(statement, inside))
+    Fingerprint(imports_when_it_runs("import json, torch.nn; from autodeploy import extend", inside))
+
+
+def made_here() -> Any:
+    return lambda: 0
+
+
+@dataclass
+class Point:
+    x: int
+
+
+INSTALLED = [dis.dis, os.path.join, torch.compile, pytest.fixture, ad.trace, default, autocast_change]
+INSTALLED += [ShareMetadata.__eq__, Writes.__new__, inspect.FullArgSpec.__new__]
+
+
+@pytest.mark.parametrize("function", INSTALLED, ids=lambda function: function.__qualname__)
+def test_code_of_libraries_and_our_own_is_installed(function: Any) -> None:
+    """Under any name, and what dataclasses and named tuples of theirs have written."""
+    assert has_installed_code(function)
+
+
+def test_a_distribution_may_keep_what_depends_on_the_platform_elsewhere(monkeypatch: pytest.MonkeyPatch) -> None:
+    folders = {name: f"/{name}" for name in fingerprint.sysconfig.get_path_names()}
+    monkeypatch.setattr(fingerprint.sysconfig, "get_paths", lambda: folders)
+    roots = fingerprint._roots.__wrapped__()
+    assert {root.strip("/") for root in roots} == {"stdlib", "platstdlib", "purelib", "platlib"}
+
+
+@pytest.mark.parametrize("function", [made_here, made_here(), Point.__init__, pass_without_a_file("return 0").apply])
+def test_code_of_a_user_is_not(function: Any) -> None:
+    assert not has_installed_code(function)

@@ -143,6 +143,10 @@ MIXES: dict[str, tuple[Body, str]] = {
         lambda x, p: x.reshape(-1, SIZE).repeat(3, 1).view(-1, 3, SIZE).sum(1).view_as(x),
         "reshapes one token",
     ),
+    "copies in a new dimension read as copies of tokens": (
+        lambda x, p: x.reshape(-1, SIZE).repeat(1, 3, 1).view(-1, 3, SIZE).sum(1).view_as(x),
+        "reshapes one token",
+    ),
     "two ways of copying": (
         lambda x, p: (
             (x.reshape(-1, SIZE).repeat(3, 1) + x.reshape(-1, SIZE).repeat_interleave(3, 0))
@@ -274,14 +278,15 @@ def test_counted_positions_are_those_of_each_sequence(case: str) -> None:
     check_packed(POSITIONS[case])
 
 
-def test_whole_copies_of_the_batch_are_told_from_copies_of_each_token() -> None:
+@pytest.mark.parametrize("repeats", [(3, 1), (1, 3, 1)])
+def test_whole_copies_of_the_batch_are_told_from_copies_of_each_token(repeats: tuple[int, ...]) -> None:
     """As Llama 4's experts have them: each sees all tokens, and what it gives is summed."""
     scores = torch.linspace(0.5, 2.0, SIZE * 3).view(SIZE, 3)
 
     def experts(x: Tensor, p: Tensor) -> Tensor:
         tokens = x.reshape(-1, SIZE)
         weights = (tokens @ scores).t().reshape(-1, 1)
-        return (tokens.repeat(3, 1) * weights).view(3, -1, SIZE).sum(0).view_as(x)
+        return (tokens.repeat(repeats) * weights).view(3, -1, SIZE).sum(0).view_as(x)
 
     check_packed(experts)
 
@@ -295,6 +300,13 @@ def test_what_each_node_carries() -> None:
     assert by_op["embedding"] is by_op["_grouped_mm"] is by_op["linear"] is Carries.TOKENS
     assert by_op["argsort"] is by_op["cumsum"] is by_op["histc"] is by_op["empty_like"] is Carries.COUNTS
     assert by_op["arange"] is Carries.PLACES
+
+
+def test_a_choice_may_compare_activations_with_integers() -> None:
+    gm = traced(lambda x, p: x * (x[..., :1] > p[..., None]))
+    carries = token_flow(gm, ()).carries
+    (choice,) = gm.graph.find_nodes(op="call_function", target=torch.ops.aten.gt.Tensor)
+    assert carries[choice] is Carries.CHOICES
 
 
 @pytest.mark.parametrize("dims", [{}, {1: torch.export.Dim.DYNAMIC}, {0: torch.export.Dim.DYNAMIC}])

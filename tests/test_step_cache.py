@@ -348,3 +348,40 @@ def test_the_folder_is_bounded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
     folder.read("b")
     folder.prune()
     assert folder.find("") == [".building-new", ".lock-1", "b", "d", "e", "f"]
+
+
+def test_what_is_being_built_or_loaded_is_not_pruned(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """However full the folder is; what was left a day ago is, and neither takes the place of a step."""
+    monkeypatch.setattr(step_files, "MAX_FILES", 1)
+    folder = StepFolder(tmp_path / "steps")
+    folder.write("step", b"x")
+    os.utime(tmp_path / "steps" / "step", (time.time() - 3600, time.time() - 3600))
+    replace = os.replace
+
+    def pruned(*paths: Any) -> None:
+        folder.prune()
+        replace(*paths)
+
+    with folder.scratch() as scratch:
+        monkeypatch.setattr(os, "replace", pruned)
+        folder.write("step", b"y")
+        assert scratch.is_dir()
+        assert folder.read("step") == b"y"
+        tomorrow = time.time() + 86400 + 60
+        monkeypatch.setattr(time, "time", lambda: tomorrow)
+        folder.prune()
+        assert not scratch.exists()
+    assert folder.find("") == ["step"]
+
+
+def test_a_link_is_removed_and_not_what_it_leads_to(tmp_path: Path) -> None:
+    elsewhere = tmp_path / "elsewhere"
+    elsewhere.mkdir()
+    (elsewhere / "file").touch()
+    folder = StepFolder(tmp_path / "steps")
+    link = tmp_path / "steps" / "link"
+    link.symlink_to(elsewhere)
+    os.utime(link, (0, 0), follow_symlinks=False)
+    folder.prune()
+    assert not link.is_symlink()
+    assert (elsewhere / "file").exists()

@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+from tensor_forms import FORMS
 from tiny_models import tiny
 from torch import fx, nn
 from torch._functorch import config as functorch_config
@@ -26,6 +27,7 @@ from autodeploy.inductor import machine
 from autodeploy.inductor.step_cache import environment_key, graph_key
 from autodeploy.inductor.stock import stock_key
 from autodeploy.kernels import registry
+from autodeploy.ops import linear
 from passes import InsertCachedAttention, ShareMetadata, default
 
 CPU = torch.device("cpu")
@@ -312,6 +314,7 @@ PROCESSES: dict[str, Callable[[], AbstractContextManager[Any]]] = {
     "torch's version": lambda: patched(torch, "__version__", "1.0"),
     "our sources": lambda: patched(machine, "sources_hash", lambda package: "edited"),
     "a provider": lambda: patched(registry, "_added", {"attention/mine": Mine(16)}),
+    "a provider of linear layers": lambda: patched(linear, "providers", [*linear.providers, Mine(16)]),
 }
 
 
@@ -381,3 +384,20 @@ def test_different_graphs_have_different_keys() -> None:
     assert before != graph_key(GRAPHS[-3], nn.Module(), "")
     CONSTANT.set(next(iter(GRAPHS[-3].graph.find_nodes(op="get_attr"))), True)
     assert before != graph_key(GRAPHS[-3], owned, "")
+
+
+def test_models_whose_tensors_differ_in_anything_but_their_values_have_different_keys() -> None:
+    keys = []
+    for value in FORMS.values():
+        model = nn.Module()
+        model.register_parameter("a", value) if isinstance(value, nn.Parameter) else model.register_buffer("a", value)
+        keys.append(graph_key(traced(lambda x: x, a=value), model, ""))
+    assert len(set(keys)) == len(FORMS)
+
+
+@pytest.mark.parametrize("line", ["flags\t\t: fpu sse avx2", "Features\t: fp asimd sve"])
+def test_the_instructions_of_a_cpu_are_known_by_its_own_words(line: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """x86 and Arm."""
+    text = f"processor\t: 0\n{line}\n\nprocessor\t: 1\n{line}\n"
+    monkeypatch.setattr(machine.Path, "read_text", lambda path: text)
+    assert machine._cpu_flags() == line

@@ -15,8 +15,8 @@ from autodeploy.graph.along import arguments_of, name_of
 from autodeploy.graph.edit import get_attribute, look_at
 from autodeploy.graph.effects import is_pure
 from autodeploy.graph.meta import VALUE
+from autodeploy.graph.spelling import NUMBERS
 
-_NUMBERS = (int, float, bool, torch.SymInt, torch.SymFloat, torch.SymBool)
 # Ops that read nothing but the shape of their first argument, and what they fill with where the name says it.
 _FILLED_LIKE = {"zeros_like": 0, "ones_like": 1, "full_like": None, "new_zeros": 0, "new_ones": 1, "new_full": None}
 _FILLED_LIKE |= {"fill": None}
@@ -61,11 +61,11 @@ class Evaluator:
         return [int(self._number(size)) for size in value.shape]
 
     def _is_source(self, node: fx.Node) -> bool:
-        return node.op in ("placeholder", "get_attr") or isinstance(VALUE.get(node), _NUMBERS)
+        return node.op in ("placeholder", "get_attr") or isinstance(VALUE.get(node), NUMBERS)
 
     def _compute(self, node: fx.Node) -> Any:
         value = VALUE.get(node)
-        if isinstance(value, _NUMBERS):
+        if isinstance(value, NUMBERS):
             return self._number(value)
         if node.op == "get_attr":
             look_at(self._gm, str(node.target))
@@ -131,7 +131,7 @@ def learn(gm: fx.GraphModule, given: Iterable[fx.Node] = ()) -> Knowledge:
 
 def _is_known(gm: fx.GraphModule, node: fx.Node, found: set[fx.Node]) -> bool:
     value = VALUE.get(node)
-    if isinstance(value, _NUMBERS):
+    if isinstance(value, NUMBERS):
         return not free_unbacked_symbols(value)
     if node.op == "placeholder":
         return is_positions(node)

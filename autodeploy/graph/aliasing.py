@@ -20,6 +20,7 @@ from autodeploy.graph.effects import HOST_READS, KEEPS_STATISTICS, body_impurity
 from autodeploy.graph.meta import CONSTANT, ROLE
 from autodeploy.graph.spelling import (
     CASTS,
+    NUMBERS,
     attribute,
     base_name,
     is_in_place_operator,
@@ -57,8 +58,7 @@ _MAY_ALIAS = frozenset(
     ]
 )
 
-_NUMBERS = (torch.SymInt, torch.SymFloat, torch.SymBool, int, float)
-_NO_CONTAINERS = (torch.Tensor, *_NUMBERS)
+_NO_CONTAINERS = (torch.Tensor, *NUMBERS)
 # These write to copies, which they return.
 _FUNCTIONALIZED = (torch.ops.higher_order.auto_functionalized, torch.ops.higher_order.auto_functionalized_v2)
 _VIEWING_OPERATORS = (operator.getitem, operator.pos)
@@ -98,7 +98,7 @@ def _written(graph: fx.Graph, writers: Iterable[fx.Node], holders: _Holders) -> 
 
 
 def _is_number(node: fx.Node) -> bool:
-    return is_measure(node) or isinstance(recorded_value(node), _NUMBERS)
+    return is_measure(node) or isinstance(recorded_value(node), NUMBERS)
 
 
 def sharing(nodes: Iterable[fx.Node], holders: _Holders | None = None) -> set[fx.Node]:

@@ -12,12 +12,11 @@ from autodeploy.graph.aliasing import Writes, mutated
 from autodeploy.graph.edit import PREPARE, get_attribute, prepare_nodes
 from autodeploy.graph.effects import RANDOM, autocast_change, changes_surroundings, impurity
 from autodeploy.graph.meta import KEPT, ROLE
-from autodeploy.graph.spelling import attribute, is_arithmetic, is_measure, recorded_value
+from autodeploy.graph.spelling import NUMBERS, attribute, is_arithmetic, is_measure, recorded_value
 
 _SHARES_WRITTEN_STORAGE = "may share storage with a value that is written to"
 _IN_AUTOCAST = "is inside an autocast region"
 _SURROUNDINGS = "comes after a call that may change how ops compute"
-_NUMBERS = (torch.SymInt, torch.SymFloat, torch.SymBool, int, float, bool)
 
 
 @dataclass(frozen=True)
@@ -98,7 +97,7 @@ def input_roles(graph: fx.Graph) -> dict[fx.Node, str | None]:
 
 def _role_of_value(node: fx.Node, has_roles: bool) -> str | None:
     value = recorded_value(node)
-    if isinstance(value, _NUMBERS):
+    if isinstance(value, NUMBERS):
         return "layout"
     if has_roles or not isinstance(value, torch.Tensor) or isinstance(value, torch.nn.Parameter):
         return None
@@ -117,7 +116,7 @@ def find_scalars(graph: fx.Graph, written: Writes | None = None) -> set[fx.Node]
         if node in values:
             continue
         if node.op == "placeholder":
-            is_scalar = isinstance(recorded_value(node), _NUMBERS)
+            is_scalar = isinstance(recorded_value(node), NUMBERS)
         elif is_arithmetic(node):
             is_scalar = all(arg in found for arg in node.all_input_nodes)
         else:

@@ -18,16 +18,14 @@ from torch.utils._python_dispatch import _disable_current_modes
 
 from autodeploy.graph.aliasing import returned, storages
 from autodeploy.graph.meta import CONSTANT
-from autodeploy.graph.spelling import attribute, per_target, recorded_value
+from autodeploy.graph.spelling import SYMBOLIC, attribute, per_target, recorded_value
 
 # Larger constants are the same only where they are the same tensor: comparing costs a copy to the host.
 _MAX_COMPARED_BYTES = 1 << 16
-_SYMBOLIC = (torch.SymInt, torch.SymFloat, torch.SymBool)
 _TENSORS = (torch.Tensor, torch.nn.Parameter)
-# Literals that are equal where `==` says so, once their type is the same. Everything else is equal to itself alone.
-_PLAIN = frozenset(
-    [bool, int, str, bytes, type(None), type(...), torch.dtype, torch.device, torch.layout, torch.memory_format]
-)
+# Literals that are equal where `==` says so, once their type is the same. Everything else is equal to itself alone, as
+# None, True and torch.float32 are, of which there is one each.
+_PLAIN = frozenset([int, str, bytes, torch.device])
 
 
 def mark_constants(gm: fx.GraphModule, owned: Collection[Any]) -> None:
@@ -74,7 +72,7 @@ def merge_equal_numbers(scalars: Iterable[fx.Node]) -> int:
     merged = 0
     for node in scalars:
         value = recorded_value(node)
-        if not isinstance(value, _SYMBOLIC):
+        if not isinstance(value, SYMBOLIC):
             continue
         first = seen.setdefault((type(value), value.node.expr), node)
         if first is not node and node.users:

@@ -21,7 +21,7 @@ def outline(gm: fx.GraphModule, parts: Split) -> None:
     Numbers that need no tensor but the inputs go in front of its call, and are arguments of it where they are read.
     An attribute or a size that activations read too is read on both sides.
     """
-    available = set(placeholders(gm)) | _hoist_scalars(gm, parts)
+    available = _hoist_scalars(gm, parts)
     region = needed(gm, parts)
     results = _results(region, parts)
     moved = _in_order(gm, _ancestors(results, available))
@@ -140,7 +140,7 @@ def _submodule(
         if node.op == "get_attr":
             root[str(node.target)] = attribute(node)
     graph.output(tuple(copies[node] for node in results))
-    return fx.GraphModule(root, graph, class_name="PrepareMetadata")
+    return fx.GraphModule(root, graph)
 
 
 def _call(gm: fx.GraphModule, arguments: list[fx.Node], results: list[fx.Node]) -> None:

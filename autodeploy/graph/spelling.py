@@ -93,6 +93,10 @@ _MEASURING_OPS = frozenset(
 )
 
 
+# What a tracer records of nodes that give no tensors; True is an int.
+SYMBOLIC = (torch.SymInt, torch.SymFloat, torch.SymBool)
+NUMBERS = (*SYMBOLIC, int, float)
+
 Fact = TypeVar("Fact")
 
 

@@ -29,9 +29,16 @@ from torch.utils import _pytree as pytree
 from autodeploy.errors import InvariantError
 from autodeploy.graph.location import node_location
 from autodeploy.graph.meta import UNBACKED_BINDINGS, VALUE
-from autodeploy.graph.spelling import CASTS, attribute, is_number_function, is_python_operator, overloads, per_target
+from autodeploy.graph.spelling import (
+    CASTS,
+    SYMBOLIC,
+    attribute,
+    is_number_function,
+    is_python_operator,
+    overloads,
+    per_target,
+)
 
-_SYMBOLIC = (torch.SymInt, torch.SymFloat, torch.SymBool)
 # Ops that are a formula in plain torch. It is run node by node, for formulas have parts in common.
 formulas: dict[OpOverload, Callable[..., Any]] = {}
 _propagators: WeakKeyDictionary[fx.Graph, _Propagator] = WeakKeyDictionary()
@@ -264,7 +271,7 @@ class _Propagator(Propagation):
             return (dict, *((name, self.kind(item)) for name, item in value.items()))
         if isinstance(value, slice):
             return (slice, self.kind((value.start, value.stop, value.step)))
-        if isinstance(value, _SYMBOLIC):
+        if isinstance(value, SYMBOLIC):
             return (type(value), value.node.expr)
         return (type(value), value)
 

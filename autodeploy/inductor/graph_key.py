@@ -11,12 +11,12 @@ from torch._ops import HigherOrderOperator, OpOverload
 
 from autodeploy.graph.edit import get_attribute, is_same_tensor
 from autodeploy.graph.meta import CONSTANT, MODULE_STACK, ROLE, VALUE
+from autodeploy.graph.spelling import SYMBOLIC
 from autodeploy.inductor.fingerprint import Fingerprint, NotHashable, is_installed, tensor_bytes
 
 # Ops of these may be written out by Inductor: their code is torch's or ours. All others must be opaque.
 _NAMESPACES = frozenset({"aten", "prims", "prim", "inductor", "autodeploy", "autodeploy_field"})
 _WRITTEN_OUT = "CompositeImplicitAutograd"
-_SYMBOLIC = (torch.SymInt, torch.SymFloat, torch.SymBool)
 
 
 def add_graph(fingerprint: Fingerprint, gm: fx.GraphModule, model: nn.Module) -> None:
@@ -98,7 +98,7 @@ def _described(value: Any) -> Any:
     if isinstance(value, Tensor):
         sizes = ([str(size) for size in value.shape], [str(stride) for stride in value.stride()])
         return ("tensor", value.dtype, value.device, *sizes, str(value.storage_offset()), value.requires_grad)
-    if isinstance(value, _SYMBOLIC):
+    if isinstance(value, SYMBOLIC):
         return (type(value).__name__, str(value.node.expr))
     if isinstance(value, dict):
         return {key: _described(item) for key, item in value.items()}
