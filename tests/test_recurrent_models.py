@@ -14,7 +14,8 @@ from transformers import PreTrainedModel
 
 import autodeploy as ad
 from autodeploy.app.tiny import VOCAB_SIZE, tiny_model
-from autodeploy.ops.kinds import kind_of
+from autodeploy.errors import UnsupportedFeature
+from autodeploy.ops.kinds import kind_of, kinds
 
 # Inductor loads a module of torch's that warns about torch's own.
 pytestmark = pytest.mark.filterwarnings("ignore:.*torch.jit.script_method.*:DeprecationWarning")
@@ -106,3 +107,13 @@ def test_what_nobody_owns_is_neither_read_nor_written(model_type: str) -> None:
 @pytest.mark.parametrize("model_type", ["mamba2"])
 def test_compiled_equals_transformers(model_type: str) -> None:
     check(model_type, ad.LLM(tiny(model_type), **SIZES).generate(PROMPTS, GREEDY))
+
+
+@pytest.mark.parametrize(
+    ("kind", "argument"), [("ssd", "z"), ("ssd", "seq_idx"), ("ssd", "initial_states"), ("selective_scan", "seq_idx")]
+)
+def test_scans_refuse_what_would_change_them(kind: str, argument: str) -> None:
+    door, *_ = next(sort.doors for sort in kinds() if sort.name == kind)
+    given = dict.fromkeys(("hidden_states", "dt", "A", "B", "C", "chunk_size"))
+    with pytest.raises(UnsupportedFeature, match=argument):
+        door.function(**given, **{argument: torch.zeros(1)})
