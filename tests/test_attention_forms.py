@@ -63,6 +63,11 @@ def softcapped(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     return (scores + torch.where(causal(q.shape[2]), 0.0, LOWEST)).softmax(-1) @ repeat(v)
 
 
+def multiplied_by_the_mask(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    seen = causal(q.shape[2]).float()
+    return (q @ repeat(k).mT * SCALE * seen + -1e4 * (1 - seen)).softmax(-1) @ repeat(v)
+
+
 def with_sinks(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     scores = q @ repeat(k).mT * SCALE + torch.where(causal(q.shape[2]), 0.0, LOWEST)
     logits = torch.cat([scores, SINKS.reshape(1, -1, 1, 1).expand(q.shape[0], -1, q.shape[2], -1)], dim=-1)
@@ -155,6 +160,7 @@ PLAIN = {"causal": True, "span": "full", "softcap": None, "scale": SCALE}
         (masked_before_the_scale, {"scale": 0.25}, KV_HEADS, False),
         (window_by_where, {"span": "window_3"}, KV_HEADS, False),
         (softcapped, {"softcap": 2.0}, KV_HEADS, False),
+        (multiplied_by_the_mask, {}, KV_HEADS, False),
         (with_sinks, {}, KV_HEADS, False),
         (keys_put_together_in_place, {}, HEADS, False),
         (alibi, {}, KV_HEADS, False),

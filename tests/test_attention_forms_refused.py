@@ -36,6 +36,17 @@ def scale_from_data(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     return (q @ repeat(k).mT * q.mean()).softmax(-1) @ repeat(v)
 
 
+def multiplied_by_distance(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    index = torch.arange(q.shape[2])
+    scores = q @ repeat(k).mT * (1 + (index[:, None] - index).clamp(min=0))
+    return scores.masked_fill(~causal(q.shape[2]), LOWEST).softmax(-1) @ repeat(v)
+
+
+def masked_and_multiplied(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    seen = causal(q.shape[2])
+    return ((q @ repeat(k).mT).masked_fill(~seen, LOWEST) * seen.float()).softmax(-1) @ repeat(v)
+
+
 def mask_is_not_low_enough(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     return torch.where(causal(q.shape[2]), q @ repeat(k).mT, -1000.0).softmax(-1) @ repeat(v)
 
@@ -95,6 +106,8 @@ def einsum(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         (dropout, "has dropout"),
         (weights_are_returned, "has weights that are used elsewhere too"),
         (scale_from_data, "scales its scores by mean, which is not a constant"),
+        (multiplied_by_distance, "multiplies its scores by add, which hides none of them for good"),
+        (masked_and_multiplied, "multiplies its scores by to, which hides none of them for good"),
         (mask_is_not_low_enough, "replaces masked scores by -1000"),
         (mask_before_softcap, "before the softcap"),
         (sees_nothing, "hides everything from some query"),

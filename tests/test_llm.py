@@ -18,8 +18,10 @@ from greedy import check_greedy
 from hash_model import LetterTokenizer
 from tiny_models import MODEL_TYPES, VOCAB_SIZE, WINDOW, tiny
 from torch._dynamo.utils import counters
+from transformers import MusicgenDecoderConfig, MusicgenForCausalLM
 
 import autodeploy as ad
+from autodeploy.app.tiny import tiny_model
 from autodeploy.errors import AutodeployError, OptionError, RequestTooLong, UnknownName, UnsupportedFeature
 from autodeploy.graph.edit import Pass
 from autodeploy.metadata.span import Full, Window
@@ -50,6 +52,21 @@ def check(model_type: str, outputs: list[ad.RequestOutput]) -> None:
     for prompt, output in zip(PROMPTS, outputs, strict=True):
         assert output.finish_reason == "length"
         check_greedy(tiny(model_type), prompt, output.token_ids)
+
+
+def test_scores_multiplied_by_their_mask() -> None:
+    model = tiny_model("openai-gpt")
+    for prompt, output in zip(PROMPTS, ad.LLM(model, compile=False, **SIZES).generate(PROMPTS, GREEDY), strict=True):
+        check_greedy(model, prompt, output.token_ids)
+
+
+def test_one_codebook_is_one_table() -> None:
+    config = MusicgenDecoderConfig(
+        vocab_size=VOCAB_SIZE, hidden_size=32, ffn_dim=64, num_hidden_layers=2, num_attention_heads=4, num_codebooks=1
+    )
+    model = MusicgenForCausalLM(config).eval()
+    for prompt, output in zip(PROMPTS, ad.LLM(model, compile=False, **SIZES).generate(PROMPTS, GREEDY), strict=True):
+        check_greedy(model, prompt, output.token_ids)
 
 
 @pytest.fixture

@@ -288,7 +288,11 @@ def _or_none(name: str, value: int | None, *, least: int, where: str = "") -> in
 
 def _num_embeddings(model: PreTrainedModel) -> int:
     """Rows of the embedding, of which there may be more than the tokenizer has tokens."""
-    weight = getattr(model.get_input_embeddings(), "weight", None)
+    embeddings = model.get_input_embeddings()
+    # One table per codebook, and one codebook.
+    if isinstance(embeddings, torch.nn.ModuleList) and len(embeddings) == 1:
+        embeddings = embeddings[0]
+    weight = getattr(embeddings, "weight", None)
     if not isinstance(weight, Tensor):
         raise UnsupportedFeature("a model that embeds a token otherwise than by one table", where=type(model).__name__)
     return weight.shape[0]

@@ -151,6 +151,15 @@ class Masks:
         """Whether `term`, which is known and added, may hide anything."""
         return not self._always(term, self._compared(term, aten.gt.Scalar, HIDDEN))
 
+    def is_one_where_seen(self, term: Term, seen: Seen) -> bool:
+        """Whether `term`, which multiplies scores, leaves all as they are that a query sees."""
+        hidden = self._bool(aten.logical_not.default, seen.value(self._values))
+        same = self._compared(term, aten.eq.Scalar, 1)
+        is_one = self._always(term, same and self._bool(aten.logical_or.default, hidden, same))
+        if is_one:
+            self.note(term)
+        return is_one
+
     def check_rows(self, terms: Sequence[Term], causal: bool) -> None:
         """Raise Refused where `terms`, which are known, may hide everything from some query together."""
         try:

@@ -147,6 +147,9 @@ class Matcher:
         masks = [term for term in terms if self._masks.is_mask(term)]
         bias = [term for term in terms if term not in masks]
         seen = self._masks.read(masks, scores.causal)
+        for factor in scores.factors:
+            if seen is None or not self._masks.is_one_where_seen(factor, seen):
+                raise Refused(f"multiplies its scores by {factor.node}, which hides none of them for good")
         slopes = self._read_slopes(scores, seen, masks, bias, heads) if seen else None
         if seen and slopes is not None:
             return seen, [], slopes

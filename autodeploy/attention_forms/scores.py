@@ -24,13 +24,13 @@ HIDDEN = -4000.0
 
 @dataclass(frozen=True)
 class Term:
-    """One tensor that changes scores: `add`ed with a factor, or a bool that `keep`s a score or `drop`s it.
+    """One tensor that changes scores: `add`ed with a factor, `multiply`ing, or a bool that `keep`s or `drop`s them.
 
     What is dropped becomes `fill`. `shape` is that of the scores there: [B, H, S, S], [B * H, S, S] or [B, K, G, S, S].
     """
 
     node: fx.Node
-    role: Literal["add", "keep", "drop"]
+    role: Literal["add", "keep", "drop", "multiply"]
     shape: torch.Size
     factor: float = 1.0
     fill: float = -math.inf
@@ -41,7 +41,8 @@ class Scores:
     """Scores as far as they have been read.
 
     `query_dims` and `key_dims` name the dimensions of the two (`heads`); `softcap` is what tanh(scale QK) is multiplied
-    by, `terms` are in order. `words` name the forms on the way, for the table of forms.
+    by, `terms` are in order, and `factors` multiply scores, those that are seen by one. `words` name the forms on the
+    way, for the table of forms.
     """
 
     query: fx.Node
@@ -51,6 +52,7 @@ class Scores:
     scale: float = 1.0
     softcap: float | None = None
     terms: tuple[Term, ...] = ()
+    factors: tuple[Term, ...] = ()
     sinks: fx.Node | None = None
     causal: bool = False
     words: tuple[str, ...] = field(default=())
@@ -126,18 +128,21 @@ class ScoreReader:
 
     def _mul(self, node: fx.Node) -> Scores | None:
         first, second = node.args
-        return self._times(first, second) or self._times(second, first)
+        return self._times(node, first, second) or self._times(node, second, first)
 
     def _div(self, node: fx.Node) -> Scores | None:
-        return self._times(node.args[0], node.args[1], power=-1)
+        return self._times(node, node.args[0], node.args[1], power=-1)
 
-    def _times(self, scores: Any, factor: Any, *, power: int = 1) -> Scores | None:
+    def _times(self, node: fx.Node, scores: Any, factor: Any, *, power: int = 1) -> Scores | None:
         inner = self.read(scores) if isinstance(scores, fx.Node) else None
         if inner is None:
             return None
         number = self.number(factor)
         if number is None and factor in self._known:
-            raise Refused(f"multiplies its scores by {factor}, which hides none of them for good")
+            if inner.terms or power != 1:
+                raise Refused(f"multiplies its scores by {factor}, which hides none of them for good")
+            term = Term(factor, "multiply", VALUE.of(node).shape)
+            return replace(inner, factors=(*inner.factors, term), words=(*inner.words, "multiplied"))
         if not number:
             raise Refused(f"scales its scores by {factor}, which is not a constant")
         return inner.times(number**power)
