@@ -147,8 +147,19 @@ def _rewrite(gm: fx.GraphModule, old: dict[str, fx.Node], counted: Collection[fx
             gm.graph.erase_node(node)
     for node in list(gm.graph.nodes):
         if kind_of(node.target) is not None:
-            node.kwargs = {**node.kwargs, "cu_seqlens": record(node, fields.cu_seqlens_q, layout)}
+            _keep_apart(node, record(node, fields.cu_seqlens_q, layout))
     retype(gm.graph, list(gm.graph.nodes))
+
+
+def _keep_apart(node: fx.Node, cu_seqlens: fx.Node) -> None:
+    """Tell a canonical node where sequences begin, in the place where it takes that."""
+    assert isinstance(node.target, torch._ops.OpOverload)
+    names = [argument.name for argument in node.target._schema.arguments]
+    place = names.index("cu_seqlens")
+    if place < len(node.args):
+        node.update_arg(place, cu_seqlens)
+    else:
+        node.update_kwarg("cu_seqlens", cu_seqlens)
 
 
 def _values(graph: fx.Graph, device: torch.device) -> tuple[Tensor, Tensor]:

@@ -12,6 +12,8 @@ from dataclasses import dataclass
 
 from torch import fx
 
+from autodeploy.attention_forms import indexer
+from autodeploy.attention_forms.asked import Masks, Sizes
 from autodeploy.attention_forms.check import check
 from autodeploy.attention_forms.evaluate import Refused
 from autodeploy.attention_forms.flex import FLEX, WrittenOut, erase_idle_lists, learn_without_flex, why_not, write_out
@@ -59,6 +61,7 @@ def find(gm: fx.GraphModule, *, where: str = "") -> list[fx.Node]:
     retype(gm.graph, stale)
     for kind in kinds():
         _recognize(gm, kind)
+    _find_indexers(gm)
     asked = {heart.node for heart in hearts}
     for node in gm.graph.nodes:
         if node in asked or is_fused(node) or not may_be_attention(node):
@@ -82,6 +85,23 @@ def _recognize(gm: fx.GraphModule, kind: Kind) -> None:
             inputs = with_constants(written.output, written.inputs, kind.name)
             new = record(written.output, written.canonical, *inputs)
             retype(gm.graph, replace_node(written.output, new))
+
+
+def _find_indexers(gm: fx.GraphModule) -> None:
+    """Make canonical what chooses among tokens."""
+    nodes = [
+        node for node in gm.graph.find_nodes(op="call_function", target=indexer.TOPK) if indexer.is_of_tokens(node)
+    ]
+    sizes = Sizes(gm)
+    masks = Masks(gm, learn_without_flex(gm).known, sizes) if nodes else None
+    for node in nodes:
+        assert masks is not None
+        try:
+            found = indexer.read_indexer(gm, node, masks, sizes)
+        except Refused as refused:
+            near_miss(gm, node, str(refused))
+        else:
+            retype(gm.graph, indexer.rewrite(found))
 
 
 def needs_finding(gm: fx.GraphModule) -> bool:

@@ -75,7 +75,7 @@ def find_latent(gm: fx.GraphModule, node: fx.Node) -> Latent | None:
 
     Raises Refused for one that came near.
     """
-    query, key, value, *more = attention.KIND.tensors(node)
+    query, key, value, _, bias, alibi_slopes, _ = attention.KIND.tensors(node)
     region = _region(node, (key, value))
     sources = [source for source in _sources(region) if isinstance(VALUE.get(source), Tensor)]
     if not any(source.target is aten.linear.default for source in sources) or key not in region or value not in region:
@@ -88,8 +88,8 @@ def find_latent(gm: fx.GraphModule, node: fx.Node) -> Latent | None:
     if not _is_product(own) or not _is_product(values[0]) or own.source.args[0] is not values[0].source.args[0]:
         return None
     found = Latent(node, own, shared, values[0], keys[0] is shared, tuple(region))
-    if any(each is not None for each in more) or node.kwargs.get("softcap"):
-        raise Refused("has a latent, and sinks, a bias, slopes or a soft cap, which no latent attention has")
+    if bias is not None or alibi_slopes is not None or node.kwargs.get("softcap"):
+        raise Refused("has a latent, and a bias, slopes or a soft cap, which no latent attention has")
     if VALUE.of(query).shape[1] != VALUE.of(key).shape[1]:
         raise Refused("has a latent, and fewer heads of keys than of queries")
     cached, expanded = _dims(found)
@@ -108,19 +108,22 @@ def rewrite(found: Latent) -> list[fx.Node]:
     first = int(found.shared.columns[0, 0])
     ndims = [VALUE.of(part.source).dim() for part in (found.own, found.shared)]
 
-    def canonical(query: Any, latent: Any, shared_key: Any, key_weight: Any, value_weight: Any) -> Any:
+    def canonical(query: Any, latent: Any, shared_key: Any, key_up: Any, value_up: Any, *more: Any) -> Any:
         return torch.ops.autodeploy.latent_attention.default(
             aten.slice.Tensor(query, -1, first_own, first_own + own_dim),
             aten.slice.Tensor(query, -1, first_shared, first_shared + shared_dim),
             _tokens_first(latent, found.own, ndims[0]),
             aten.slice.Tensor(_tokens_first(shared_key, found.shared, ndims[1]), -1, first, first + shared_dim),
-            _per_head(key_weight, found.own),
-            _per_head(value_weight, found.values),
+            _per_head(key_up, found.own),
+            _per_head(value_up, found.values),
+            None,
+            *more,
             **asked,
         )
 
     weights = (part.source.args[1] for part in (found.own, found.values))
-    new = record(node, canonical, node.args[0], found.own.source.args[0], found.shared.source, *weights)
+    query, _, _, sinks, *_, chosen = attention.KIND.tensors(node)
+    new = record(node, canonical, query, found.own.source.args[0], found.shared.source, *weights, chosen, sinks)
     stale = replace_node(node, new)
     node.graph.erase_node(node)
     _erase_copies(found.region)

@@ -65,12 +65,13 @@ def _attention(
     softcap: float | None = None,
     s_aux: Tensor | None = None,
     position_bias: Tensor | None = None,
+    indices: Tensor | None = None,
     **kwargs: Any,
 ) -> Tensor:
     """One `autodeploy::attention` node: query [B, H, S, D], key [B, K, S, D], value [B, K, S, E] -> [B, S, H, E].
 
     `dropout` is ignored as eager attention does outside training, `sliding_window` and `is_causal` because eager
-    attention obeys the mask alone.
+    attention obeys the mask alone. `indices` [B, S, X] are the keys that an indexer chose for each query.
     """
     unknown = [name for name, arg in kwargs.items() if isinstance(arg, Tensor) and name not in _REDUNDANT_TENSORS]
     if unknown:
@@ -82,6 +83,8 @@ def _attention(
     scale = query.shape[-1] ** -0.5 if scaling is None else float(scaling)
     mask = _mask_of(attention_mask, where)
     if mask is None:
+        if indices is not None:
+            raise UnsupportedFeature("sparse attention with a mask that depends on data", where=where)
         assert attention_mask is not None
         bias = attention_mask if position_bias is None else attention_mask + position_bias
         return attend(query, key, value, None, scale=scale, softcap=softcap, sinks=s_aux, bias=bias).transpose(1, 2)
@@ -91,6 +94,7 @@ def _attention(
         value,
         s_aux,
         position_bias,
+        chosen=indices,
         scale=scale,
         causal=mask.causal,
         span=mask.span.name,

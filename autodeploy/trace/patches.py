@@ -5,10 +5,12 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
+from functools import reduce
 from itertools import product
 from types import ModuleType
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from transformers import PreTrainedConfig, PreTrainedModel, masking_utils
 
@@ -42,7 +44,25 @@ def traceable(model: PreTrainedModel) -> Iterator[None]:
             owner = module if door.owner is None else vars(module).get(door.owner)
             if owner is not None and door.name in vars(owner):
                 stack.enter_context(_swapped(owner, door.name, door.function))
+        for module, (name, function) in product(_modeling_modules(model), _SYMBOLIC.items()):
+            if name not in vars(module):
+                stack.enter_context(_shadowed(module, name, function))
         yield
+
+
+def _symbolic(builtin: Callable[..., Any], of_two: Callable[..., Any]) -> Callable[..., Any]:
+    """`builtin` without asking which of two symbolic sizes is smaller, which makes a graph for some sizes only."""
+
+    def chosen(*args: Any, **kwargs: Any) -> Any:
+        is_symbolic = any(isinstance(arg, torch.SymInt) for arg in args)
+        if is_symbolic and not kwargs and all(isinstance(arg, int | torch.SymInt) for arg in args):
+            return reduce(of_two, args)
+        return builtin(*args, **kwargs)
+
+    return chosen
+
+
+_SYMBOLIC = {"min": _symbolic(min, torch.sym_min), "max": _symbolic(max, torch.sym_max)}
 
 
 def _chunked_overlay(chunk_size: int, left_padding: Tensor) -> Callable[..., Any]:
@@ -58,6 +78,16 @@ def _swapped(owner: object, name: str, value: object) -> Iterator[None]:
         yield
     finally:
         setattr(owner, name, before)
+
+
+@contextmanager
+def _shadowed(module: ModuleType, name: str, function: Callable[..., Any]) -> Iterator[None]:
+    """While open, `module` finds `function` before the builtin of that name."""
+    setattr(module, name, function)
+    try:
+        yield
+    finally:
+        delattr(module, name)
 
 
 @contextmanager

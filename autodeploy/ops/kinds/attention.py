@@ -40,6 +40,7 @@ def attention(
     bias: Tensor | None = None,
     cu_seqlens: Tensor | None = None,
     alibi_slopes: Tensor | None = None,
+    chosen: Tensor | None = None,
     *,
     scale: float,
     causal: bool = True,
@@ -56,8 +57,13 @@ def attention(
     `cu_seqlens` [N + 1] int32 cuts one packed row (B = 1) into N sequences that do not see each other; tokens after
     the last sequence are padding and see only themselves. `alibi_slopes` [H] float32 adds slope · (j - i) to the score
     of key j (ALiBi: Press et al., arXiv 2108.12409), in float32 or more; without sinks slope · j gives the same.
+    `chosen` [B, S, X] int holds the positions, in its own sequence, that each query sees of those; other numbers are
+    none (sparse attention: DeepSeek-V3.2).
     """
     mask_QS = _mask(query.shape[2], causal, span_of(span), cu_seqlens, query.device)
+    if chosen is not None:
+        is_chosen_BHQS = _is_chosen(chosen, query.shape[2], cu_seqlens)[:, None]
+        mask_QS = is_chosen_BHQS if mask_QS is None else mask_QS & is_chosen_BHQS
     out_BHSE = attend(
         query, key, value, mask_QS, scale=scale, softcap=softcap, sinks=sinks, bias=bias, alibi_slopes=alibi_slopes
     )
@@ -130,6 +136,20 @@ def _mask(num_tokens: int, causal: bool, span: Span, cu_seqlens: Tensor | None, 
     return seen_SS
 
 
+def _is_chosen(chosen_BSX: Tensor, num_tokens: int, cu_seqlens: Tensor | None) -> Tensor:
+    """[B, S, S] bool, True where key j is among the `chosen` of query i."""
+    place_BSX = chosen_BSX.to(torch.int64)
+    is_none, index_S = place_BSX < 0, torch.arange(num_tokens, device=chosen_BSX.device)
+    if cu_seqlens is not None:
+        row_S = torch.searchsorted(cu_seqlens, index_S.to(cu_seqlens.dtype), right=True) - 1
+        place_BSX = place_BSX + cu_seqlens[row_S][:, None]
+    # Padding tokens see themselves, whatever was chosen for them.
+    seen = torch.zeros(*place_BSX.shape[:2], num_tokens + 1, dtype=torch.bool, device=chosen_BSX.device)
+    place_BSX = torch.where(is_none | (place_BSX >= num_tokens), num_tokens, place_BSX)
+    seen = seen.scatter(2, place_BSX, True)[..., :num_tokens]
+    return seen if cu_seqlens is None else seen | (index_S >= cu_seqlens[-1])[:, None]
+
+
 @dataclass(frozen=True)
 class AttentionFacts:
     """What a backend may ask about one attention beside its span."""
@@ -144,6 +164,7 @@ class AttentionFacts:
     has_sinks: bool = False
     has_bias: bool = False
     has_alibi: bool = False
+    has_chosen: bool = False
 
 
 class Attention(Kind[AttentionFacts]):
@@ -152,7 +173,7 @@ class Attention(Kind[AttentionFacts]):
     op = torch.ops.autodeploy.attention.default
     layer_types = tuple(sort.layer_type for sort in SORTS)
     tolerances = TOLERANCES
-    token_dims = (2, 2, 2, None, None, None)
+    token_dims = (2, 2, 2, None, None, None, 1)
     result_dim = 1
 
     @property
@@ -160,13 +181,13 @@ class Attention(Kind[AttentionFacts]):
         return _REFERENCE
 
     def tensors(self, node: fx.Node) -> tuple[Any, ...]:
-        """query, key, value, sinks, bias, alibi_slopes."""
-        names = ("query", "key", "value", "sinks", "bias", "cu_seqlens", "alibi_slopes")
+        """query, key, value, sinks, bias, alibi_slopes, chosen."""
+        names = ("query", "key", "value", "sinks", "bias", "cu_seqlens", "alibi_slopes", "chosen")
         given = {**dict(zip(names, node.args, strict=False)), **node.kwargs}
         return tuple(given.get(name) for name in names if name != "cu_seqlens")
 
     def describe(self, node: fx.Node) -> Site[AttentionFacts]:
-        query, key, value, sinks, bias, alibi_slopes = self.tensors(node)
+        query, key, value, sinks, bias, alibi_slopes, chosen = self.tensors(node)
         q, k, v = recorded(node, query, key, value)
         span = span_of(str(node.kwargs.get("span", "full")))
         asked: dict[str, Any] = {name: node.kwargs.get(name) for name in ("scale", "softcap")}
@@ -179,6 +200,7 @@ class Attention(Kind[AttentionFacts]):
             has_sinks=sinks is not None,
             has_bias=bias is not None,
             has_alibi=alibi_slopes is not None,
+            has_chosen=chosen is not None,
             **asked,
         )
         return Site(self.name, path_of(node), span.layer_type, q.dtype, q.device, facts, span)
@@ -193,12 +215,12 @@ class Attention(Kind[AttentionFacts]):
         query, key, value = (torch.randn(1, heads, num_tokens, size) for heads, size in sizes)
         tensors = [query, key, value, torch.randn(f.num_heads) if f.has_sinks else None, None]
         moved = [None if tensor is None else tensor.to(site.device, site.dtype) for tensor in tensors]
-        return (*moved, torch.rand(f.num_heads, device=site.device) / 8 if f.has_alibi else None)
+        return (*moved, torch.rand(f.num_heads, device=site.device) / 8 if f.has_alibi else None, None)
 
     def run(self, tensors: tuple[Any, ...], site: Site[AttentionFacts]) -> Tensor:
-        *per_token, sinks, bias, alibi_slopes = tensors
+        *per_token, sinks, bias, alibi_slopes, chosen = tensors
         asked = {"scale": site.facts.scale, "causal": site.facts.causal, "softcap": site.facts.softcap}
-        return attention(*per_token, sinks, bias, None, alibi_slopes, span=site.span.name, **asked)
+        return attention(*per_token, sinks, bias, None, alibi_slopes, chosen, span=site.span.name, **asked)
 
     def appended(self, tensors: tuple[Any, ...]) -> tuple[Any, ...]:
         return tensors[1:3]
@@ -214,6 +236,8 @@ class PagedAttention(Backend[AttentionFacts]):
             return "attention that is not causal cannot run from a cache"
         if site.facts.has_bias:
             return "an additive bias is not supported with a paged cache"
+        if site.facts.has_chosen:
+            return "sparse attention runs from a cache of latents only"
         return why_not_dtype(site.dtype, site.device)
 
     def caches(self, site: Site[AttentionFacts]) -> tuple[Cache, ...]:

@@ -42,6 +42,8 @@ def latent_attention(
     key_up: Tensor,
     value_up: Tensor,
     cu_seqlens: Tensor | None = None,
+    chosen: Tensor | None = None,
+    sinks: Tensor | None = None,
     *,
     scale: float,
     causal: bool = True,
@@ -50,11 +52,13 @@ def latent_attention(
     """attention([query | shared_query], [key_up · latent | shared_key], value_up · latent), per head.
 
     query [B, H, S, N], shared_query [B, H, S, P], latent [B, S, R], shared_key [B, S, P], key_up [H, N, R],
-    value_up [H, E, R] -> [B, S, H, E], in query's dtype. The rest is as in `autodeploy::attention`.
+    value_up [H, E, R] -> [B, S, H, E], in query's dtype. `chosen`, `sinks` and the
+    rest are as in `autodeploy::attention`.
     """
     keys, values = expand(latent, shared_key, key_up, value_up)
     queries = torch.cat([query, shared_query], dim=-1)
-    return attention.attention(queries, keys, values, None, None, cu_seqlens, scale=scale, causal=causal, span=span)
+    tensors = (queries, keys, values, sinks, None, cu_seqlens, None, chosen)
+    return attention.attention(*tensors, scale=scale, causal=causal, span=span)
 
 
 @latent_attention.register_fake
@@ -83,6 +87,8 @@ class LatentFacts:
     value_dim: int
     scale: float
     causal: bool = True
+    has_sinks: bool = False
+    num_chosen: int | None = None  # how many keys are chosen for each query; None where it sees all
 
 
 class LatentAttention(Kind[LatentFacts]):
@@ -91,7 +97,7 @@ class LatentAttention(Kind[LatentFacts]):
     op = torch.ops.autodeploy.latent_attention.default
     layer_types = attention.KIND.layer_types
     tolerances = TOLERANCES
-    token_dims = (2, 2, 1, 1, None, None)
+    token_dims = (2, 2, 1, 1, None, None, 1, None)
     result_dim = 1
 
     @property
@@ -99,11 +105,14 @@ class LatentAttention(Kind[LatentFacts]):
         return _REFERENCE
 
     def tensors(self, node: fx.Node) -> tuple[Any, ...]:
-        """query, shared_query, latent, shared_key, key_up, value_up."""
-        return tuple(node.args[:6])
+        """query, shared_query, latent, shared_key, key_up, value_up, chosen, sinks."""
+        names = ("query", "shared_query", "latent", "shared_key", "key_up", "value_up", "cu_seqlens", "chosen", "sinks")
+        given = {**dict(zip(names, node.args, strict=False)), **node.kwargs}
+        return tuple(given.get(name) for name in names if name != "cu_seqlens")
 
     def describe(self, node: fx.Node) -> Site[LatentFacts]:
-        q, shared, latent, _, _, value_up = recorded(node, *self.tensors(node))
+        *tensors, chosen, sinks = self.tensors(node)
+        q, shared, latent, _, _, value_up = recorded(node, *tensors)
         span = span_of(str(node.kwargs.get("span", "full")))
         scale: Any = node.kwargs["scale"]
         facts = LatentFacts(
@@ -114,6 +123,8 @@ class LatentAttention(Kind[LatentFacts]):
             value_dim=int(value_up.shape[1]),
             scale=scale,
             causal=bool(node.kwargs.get("causal", True)),
+            has_sinks=sinks is not None,
+            num_chosen=int(recorded(node, chosen)[0].shape[2]) if chosen is not None else None,
         )
         return Site(self.name, path_of(node), span.layer_type, q.dtype, q.device, facts, span)
 
@@ -132,16 +143,29 @@ class LatentAttention(Kind[LatentFacts]):
             (f.num_heads, f.value_dim, f.latent_dim),
         )
         scales = (1.0, 1.0, 1.0, 1.0, f.latent_dim**-0.5, f.latent_dim**-0.5)
-        return tuple(
+        tensors = [
             (torch.randn(shape) * scale).to(site.device, site.dtype)
             for shape, scale in zip(shapes, scales, strict=True)
-        )
+        ]
+        chosen = None if f.num_chosen is None else _random_choice(num_tokens, f.num_chosen).to(site.device)
+        sinks = torch.randn(f.num_heads).to(site.device, site.dtype) if f.has_sinks else None
+        return (*tensors, chosen, sinks)
 
     def run(self, tensors: tuple[Any, ...], site: Site[LatentFacts]) -> Tensor:
-        return latent_attention(*tensors, scale=site.facts.scale, causal=site.facts.causal, span=site.span.name)
+        asked = {"scale": site.facts.scale, "causal": site.facts.causal, "span": site.span.name}
+        return latent_attention(*tensors[:6], None, *tensors[6:], **asked)
 
     def appended(self, tensors: tuple[Any, ...]) -> tuple[Any, ...]:
         return tensors[2:4]
+
+
+def _random_choice(num_tokens: int, count: int) -> Tensor:
+    """[1, S, X] int32: for each query itself and others of its past, in any order, -1 for what is missing."""
+    score_SS = torch.rand(num_tokens, num_tokens).tril(-1) + torch.eye(num_tokens)
+    width = min(count, num_tokens)
+    score_SX, place_SX = score_SS.topk(width, dim=1)
+    place_SX = torch.where(score_SX > 0, place_SX, -1)
+    return F.pad(place_SX, (0, count - width), value=-1)[None].to(torch.int32)
 
 
 class PagedLatentAttention(Backend[LatentFacts]):
@@ -189,6 +213,8 @@ def reference_paged_latent_attention(
     block_table: Tensor,
     seq_lens: Tensor,
     cu_seqlens_q: Tensor,
+    chosen: Tensor | None = None,
+    sinks: Tensor | None = None,
     *,
     scale: float,
     span: str = "full",
@@ -210,12 +236,16 @@ def reference_paged_latent_attention(
         latent_dim = key_up.shape[2]
         keys, values = expand(cached_1LC[..., :latent_dim], cached_1LC[..., latent_dim:], key_up, value_up)
         query_Q1 = torch.arange(context_len, seq_len, device=query.device)[:, None]
+        mask_QL = (seen_L <= query_Q1) & (seen_L >= span_of(span).first_seen(query_Q1))
+        if chosen is not None:
+            mask_QL = mask_QL & (chosen[0, start:stop, :, None] == seen_L).any(1)
         out_1HQE = attention.attend(
             torch.cat([query, shared_query], dim=-1)[:, :, start:stop],
             keys,
             values,
-            (seen_L <= query_Q1) & (seen_L >= span_of(span).first_seen(query_Q1)),
+            mask_QL,
             scale=scale,
+            sinks=sinks,
         )
         out_THE[start:stop] = out_1HQE[0].transpose(0, 1)
     return out_THE[None]
@@ -233,10 +263,10 @@ class ReferenceLatentAttention(PagedLatentAttention):
     def attend(
         self, tensors: tuple[Any, ...], caches: tuple[Tensor, ...], metadata: dict[str, Tensor], site: Site
     ) -> Tensor:
-        query, shared_query, _, _, key_up, value_up = tensors
+        query, shared_query, _, _, key_up, value_up, *more = tensors
         rows = (metadata[name] for name in ("block_table", "seq_lens", "cu_seqlens_q"))
         return torch.ops.autodeploy.reference_paged_latent_attention.default(
-            query, shared_query, key_up, value_up, *caches, *rows, scale=site.facts.scale, span=site.span.name
+            query, shared_query, key_up, value_up, *caches, *rows, *more, scale=site.facts.scale, span=site.span.name
         )
 
 
