@@ -181,9 +181,10 @@ def test_what_is_not_a_causal_language_model_is_refused() -> None:
 
 
 def test_attention_of_an_unknown_form_lists_near_misses() -> None:
-    config = OpenAIGPTConfig(vocab_size=32, n_embd=16, n_layer=1, n_head=2)
+    model = AutoModelForCausalLM.from_config(OpenAIGPTConfig(vocab_size=32, n_embd=16, n_layer=1, n_head=2))
+    model.transformer.h[0].attn.bias.mul_(2)  # the mask that scores are multiplied by
     with pytest.raises(NoAttentionFound, match=r"transformer\.h\.0\.attn.*multiplies its scores by"):
-        trace(AutoModelForCausalLM.from_config(config))
+        trace(model)
 
 
 # What becomes of a mask on its way to attention, and whether the canonical node still has it in words.

@@ -16,6 +16,7 @@ from transformers import PreTrainedConfig, PreTrainedModel, masking_utils
 
 from autodeploy.ops.kinds import kinds
 from autodeploy.trace.interface import IMPLEMENTATION, registered
+from autodeploy.trace.routing import ROUTED
 
 _SETTINGS: dict[str, object] = {
     "_attn_implementation_internal": IMPLEMENTATION,
@@ -47,6 +48,9 @@ def traceable(model: PreTrainedModel) -> Iterator[None]:
         for module, (name, function) in product(_modeling_modules(model), _SYMBOLIC.items()):
             if name not in vars(module):
                 stack.enter_context(_shadowed(module, name, function))
+        for module, routed in product(_modeling_modules(model), ROUTED):
+            if owner := vars(module).get(routed.owner):
+                stack.enter_context(_swapped(owner, routed.name, routed.function))
         yield
 
 
