@@ -56,7 +56,7 @@ _SHARING = "test_memory test_fuzz_completeness test_passes_share_metadata"
 _SLOW = "get_one_node random_graphs test_sharing_proved"
 PARTS = [
     _part("graph/equality", f"test_equality {_SHARING}", _SLOW),
-    _part("graph/effects", f"test_effects {_SHARING}", _SLOW),
+    _part("graph/effects graph/spelling", f"test_effects {_SHARING}", _SLOW),
     _part("graph/aliasing", f"test_effects test_equality test_aliasing {_SHARING}", _SLOW),
     _part("graph/dependence", f"test_effects {_SHARING}", _SLOW),
     _part("graph/outline", _SHARING, _SLOW),
