@@ -23,6 +23,7 @@ from autodeploy.ops.backend import Backend
 from autodeploy.ops.cache import Paged, PoolSizes, State
 from autodeploy.ops.kinds import attention, kinds
 from autodeploy.ops.kinds.attention import AttentionFacts
+from autodeploy.ops.kinds.block_indexer import BlockIndexerFacts
 from autodeploy.ops.kinds.causal_conv1d import ConvFacts
 from autodeploy.ops.kinds.gated_delta_rule import DeltaFacts
 from autodeploy.ops.kinds.latent_attention import LatentFacts
@@ -159,6 +160,9 @@ SITES |= {f"latent_attention-{name}": latent_site(**options) for name, options i
 SITES |= {f"selective_scan-{name}": selective_site(**options) for name, options in SELECTIVE_SITES.items()}
 SITES |= {f"ssd-{name}": ssd_site(**options) for name, options in SSD_SITES.items()}
 SITES |= {f"lightning_indexer-{count}": indexer_site(num_chosen=count, scale=0.5) for count in (1, 6, 40)}
+
+INDEXER = BlockIndexerFacts(num_heads=3, key_dim=8, rotary_dim=4, block_size=3, num_blocks=2)
+SITES["block_indexer-small"] = Site("block_indexer", "layer", "indexed_attention", torch.float32, CPU, INDEXER)
 
 
 CASES = [

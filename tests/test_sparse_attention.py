@@ -42,11 +42,14 @@ def test_layers_are_two_nodes_each() -> None:
     assert {layer.refusal for layer in layers} == {None}
 
 
-def test_sparse_attention_without_a_latent_is_refused() -> None:
+def test_sparse_attention_without_a_latent_has_the_oracle_alone() -> None:
     """Sixteen elements of each key and value are no more than the latent's 40."""
-    found = coverage(tiny_model("deepseek_v32", overrides={"kv_lora_rank": 512}))
+    model = tiny_model("deepseek_v32", overrides={"kv_lora_rank": 512})
+    layers = coverage(model).layers
+    assert [layer.backend for layer in layers if layer.kind == "attention"] == ["reference"] * 4
+    found = coverage(model, backend="sdpa")
     assert found.refusal is not None
-    assert "sparse attention runs from a cache of latents only" in found.refusal.what
+    assert "no sparse attention" in found.refusal.what
 
 
 def scores(query: Tensor, key: Tensor, weights: Tensor) -> Tensor:

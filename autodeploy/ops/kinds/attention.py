@@ -6,7 +6,7 @@ Shapes: B batch, H query heads, K key-value heads, S tokens, D key size, E value
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, fx
@@ -227,17 +227,21 @@ class Attention(Kind[AttentionFacts]):
 
 
 class PagedAttention(Backend[AttentionFacts]):
-    """What all backends of softmax attention over a paged cache have in common."""
+    """What all backends of softmax attention over a paged cache have in common.
+
+    `takes_chosen` tells those that attend to chosen keys alone.
+    """
 
     kind = "attention"
+    takes_chosen: ClassVar[bool] = False
 
     def why_not(self, site: Site[AttentionFacts]) -> str | None:
         if not site.facts.causal:
             return "attention that is not causal cannot run from a cache"
         if site.facts.has_bias:
             return "an additive bias is not supported with a paged cache"
-        if site.facts.has_chosen:
-            return "sparse attention runs from a cache of latents only"
+        if site.facts.has_chosen and not self.takes_chosen:
+            return "no sparse attention"
         return why_not_dtype(site.dtype, site.device)
 
     def caches(self, site: Site[AttentionFacts]) -> tuple[Cache, ...]:
@@ -276,6 +280,7 @@ def reference_paged_attention(
     seq_lens: Tensor,
     cu_seqlens_q: Tensor,
     alibi_slopes: Tensor | None = None,
+    chosen: Tensor | None = None,
     *,
     scale: float,
     span: str = "full",
@@ -297,11 +302,14 @@ def reference_paged_attention(
         seen_L = torch.arange(first, seq_len, device=query.device)
         slot_L = block_table[row, seen_L // key_cache.shape[1]] * key_cache.shape[1] + seen_L % key_cache.shape[1]
         query_Q1 = torch.arange(context_len, seq_len, device=query.device)[:, None]
+        mask_QL = (seen_L <= query_Q1) & (seen_L >= span_of(span).first_seen(query_Q1))
+        if chosen is not None:
+            mask_QL &= (chosen[0, start:stop, :, None] == seen_L).any(1)
         out_1HQE = attend(
             query[:, :, start:stop],
             key_cache.flatten(0, 1)[slot_L].transpose(0, 1)[None],
             value_cache.flatten(0, 1)[slot_L].transpose(0, 1)[None],
-            (seen_L <= query_Q1) & (seen_L >= span_of(span).first_seen(query_Q1)),
+            mask_QL,
             scale=scale,
             softcap=softcap,
             sinks=sinks,
@@ -319,6 +327,7 @@ def _(query, sinks, key_cache, value_cache, *_, **__):
 class ReferenceAttention(PagedAttention):
     name = "reference"
     meaning = "the oracle: attends one sequence after another"
+    takes_chosen = True
 
     def metadata(self, layout: Tensor, num_tokens: int, site: Site[AttentionFacts]) -> dict[str, Tensor]:
         slots = fields.slot_mapping(layout, num_tokens, site.group, site.num_groups, site.page_size)
@@ -335,7 +344,7 @@ class ReferenceAttention(PagedAttention):
     ) -> Tensor:
         rows = (metadata[name] for name in ("block_table", "seq_lens", "cu_seqlens_q"))
         return torch.ops.autodeploy.reference_paged_attention.default(
-            tensors[0], tensors[3], *caches, *rows, **self.scoring(tensors, site)
+            tensors[0], tensors[3], *caches, *rows, chosen=tensors[6], **self.scoring(tensors, site)
         )
 
 

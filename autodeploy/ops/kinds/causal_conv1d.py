@@ -106,6 +106,36 @@ def _causal_conv1d_fn(
     return causal_conv1d(hidden_states, weight, bias, activation=activation)
 
 
+def _ngram_embedding(module: Any, input_ids: Tensor, past_key_values: Any = None) -> Tensor:
+    """In place of Qwen4's, which joins the ids before the first new ones: here these come by token shifts.
+
+    An id is hashed with those before it, back to the last end of sequence.
+    """
+    if past_key_values is not None:
+        raise UnsupportedFeature("ids before the first ones in a cache", where=type(module).__name__)
+    end = module.eos_token_id
+    before, shifted = input_ids.long(), [input_ids.long()]
+    is_over = torch.zeros_like(before, dtype=torch.bool)
+    for _ in range(module.context_len):
+        before = _id_before(before, end)
+        is_over = is_over | (before == end)
+        shifted.append(torch.where(is_over, end, before))
+    blocks, mixed = [], shifted[0] * module.layer_multipliers[0]
+    for place, ids in enumerate(shifted[1:], start=1):
+        heads = slice((place - 1) * module.heads_per_ngram, place * module.heads_per_ngram)
+        mixed = torch.bitwise_xor(mixed, ids * module.layer_multipliers[place])
+        hashed = torch.remainder(mixed[..., None], module.ngram_heads_vocab_sizes[heads])
+        blocks.append(hashed + module.ngram_heads_offsets[heads])
+    return module.ngram_embedding(torch.cat(blocks, dim=-1)).flatten(-2)
+
+
+def _id_before(ids: Tensor, none: int) -> Tensor:
+    """The id before each one, `none` before the first; ids [B, S] are exact in float64."""
+    taps = torch.tensor([[1.0, 0.0]], dtype=torch.float64, device=ids.device)
+    before = causal_conv1d((ids + 1).to(torch.float64)[:, None], taps)[:, 0].to(torch.int64) - 1
+    return torch.where(before < 0, none, before)
+
+
 # Of ATen's conv1d: bias, stride, padding, dilation and groups.
 _CONV1D_DEFAULTS = (None, [1], [0], [1], 1)
 
@@ -178,7 +208,10 @@ class CausalConv1d(Kind[ConvFacts]):
     tolerances = TOLERANCES
     token_dims = (2, None, None)
     result_dim = 2
-    doors = (Door("causal_conv1d_fn", _causal_conv1d_fn),)
+    doors = (
+        Door("causal_conv1d_fn", _causal_conv1d_fn),
+        Door("forward", _ngram_embedding, owner="Qwen4ExpTextNGramEmbedding"),
+    )
     near = (torch.ops.aten.conv1d.default, torch.ops.aten.pad.default)
 
     @property
