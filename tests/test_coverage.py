@@ -45,7 +45,7 @@ def test_layers_without_a_backend_say_why() -> None:
 
 
 def test_a_model_that_is_not_traced_says_why() -> None:
-    found = coverage("openai-gpt")
+    found = coverage("xlnet")
     assert found.layers == ()
     assert found.refusal is not None
     assert found.refusal.error == "NoAttentionFound"

@@ -15,7 +15,7 @@ from transformers.models.llama import modeling_llama
 from transformers.models.llama.modeling_llama import LlamaModel
 
 import autodeploy as ad
-from autodeploy.errors import AutodeployError, NoAttentionFound, UnsupportedFeature
+from autodeploy.errors import AutodeployError, UnsupportedFeature
 from autodeploy.graph.meta import FORM
 from autodeploy.trace import trace
 
@@ -31,6 +31,7 @@ _MODELS: dict[str, dict[str, Any]] = {
     "falcon": _FALCON,
     "falcon, grouped": _FALCON | {"new_decoder_architecture": True, "num_kv_heads": 2},
     "gptj": _GPT,
+    "openai-gpt": _GPT,
     "codegen": _GPT,
     "gpt_neo": _NEO | {"attention_types": [[["global", "local"], 1]]},
     "xglm": _XGLM,
@@ -38,7 +39,6 @@ _MODELS: dict[str, dict[str, Any]] = {
     "megatron-bert": _BERT | {"intermediate_size": 64, "is_decoder": True},
 }
 _REFUSED: dict[str, tuple[dict[str, Any], type[AutodeployError], str]] = {
-    "openai-gpt": (_GPT, NoAttentionFound, r"h\.0\.attn.*multiplies its scores by .* hides none of them for good"),
     # Its distances are rounded to bfloat16.
     "falcon": (_FALCON | {"alibi": True}, UnsupportedFeature, "a bias that is neither a mask .* nor ALiBi"),
 }
