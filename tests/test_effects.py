@@ -153,7 +153,14 @@ def test_statistics_are_written_to_and_nothing_else() -> None:
 
 
 @pytest.mark.parametrize(
-    "make", [function(aten.add.Tensor, 1), function(operator.mul, 2.0), function(operator.mul, 2j), method("clone")]
+    "make",
+    [
+        function(aten.add.Tensor, 1),
+        function(operator.mul, 2.0),
+        function(operator.mul, 2j),
+        function(F.softmax, dim=-1),
+        method("clone"),
+    ],
 )
 def test_new_values_share_nothing(make: Make) -> None:
     _, node = one(make)
