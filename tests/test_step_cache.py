@@ -173,6 +173,13 @@ def test_any_other_model_is_found_by_its_graph(runs: Runs) -> None:
     assert (runs.num_traced, runs.num_made) == (3, 1)
 
 
+def test_a_step_that_calls_methods_is_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Backends in plain torch do, and torch keeps only what it knows to call methods of tensors."""
+    monkeypatch.setenv("AUTODEPLOY_CACHE", str(tmp_path))
+    ad.LLM(tiny("lfm2", 2), max_num_seqs=2, max_model_len=64).generate([[5, 6, 7]], GREEDY)
+    assert len(steps(tmp_path / "steps")) == 1
+
+
 def test_a_model_with_a_hook_answers_for_itself_alone(runs: Runs) -> None:
     def hooked() -> PreTrainedModel:
         model = llama()

@@ -26,7 +26,7 @@ from torch.fx.experimental.symbolic_shapes import DimDynamic, ShapeEnv, Stateles
 
 from autodeploy.compiler.report import Report
 from autodeploy.graph.edit import PREPARE, copy_module, get_attribute, is_same_tensor, placeholders, prepare_nodes
-from autodeploy.graph.meta import LOOKED_AT, ROLE, VALUE
+from autodeploy.graph.meta import EXAMPLE_VALUE, LOOKED_AT, ROLE, VALUE
 from autodeploy.graph.sizes import hint
 from autodeploy.inductor.fingerprint import NotHashable, tensor_bytes
 from autodeploy.inductor.graph_key import own_tensors
@@ -154,6 +154,10 @@ def _compile(
     """The code of `gm` and, in the order in which it takes them, the tensors that are attributes of it."""
     lifted, attributes = lift_attributes(copy_module(gm))
     keep_metadata(lifted)
+    for node in lifted.graph.nodes:
+        # By this torch knows a tensor, and it gives code away only of graphs that call methods of nothing else.
+        if isinstance(VALUE.get(node), Tensor):
+            EXAMPLE_VALUE.set(node, VALUE.of(node))
     example_inputs = _example_inputs(gm, layout_spec)
     fake_mode = FakeTensorMode(shape_env=ShapeEnv(duck_shape=False))
     with tracing(TracingContext(fake_mode)), torch.no_grad():
