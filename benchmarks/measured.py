@@ -70,7 +70,9 @@ def _percent(value: float) -> str:
 
 def metadata_nodes(data: Data) -> Table:
     head = ["model", "layers", "spans", "nodes, naive", "nodes, shared", "torch ops, naive", "torch ops, shared"]
+    head += ["fields, naive", "fields, per kind and group", "fields, shared"]
     keys = ("nodes_naive", "nodes_shared", "ops_naive", "ops_shared")
+    keys += ("fields_naive", "fields_per_kind_and_group", "fields_shared")
     return [head] + [[r["model"], r["layers"], ", ".join(r["spans"]), *(r[key] for key in keys)] for r in data["rows"]]
 
 
@@ -302,7 +304,9 @@ SECTIONS: tuple[tuple[str, str, str, str, Callable[[Data], Table]], ...] = (
         "metadata_nodes",
         "metadata_nodes",
         "Naive is the graph after `insert_cached_attention`, shared is that after `share_metadata`. Torch ops counts"
-        " fields written out as their formulas. SmolLM2-135M is the demo model, the others have random weights.",
+        " fields written out as their formulas. Fields per kind and group is what an engine computes that prepares each"
+        " kind of layer by itself; positions and rows of logits, which belong to no layer, are in shared alone."
+        " SmolLM2-135M is the demo model, the others have random weights.",
         metadata_nodes,
     ),
     (
