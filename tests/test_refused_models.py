@@ -79,7 +79,9 @@ OBJECTS: dict[str, Callable[[], Any]] = {
     "encoder-decoder": lambda: AutoModelForSeq2SeqLM.from_config(
         AutoConfig.for_model("t5", d_model=16, d_kv=8, d_ff=16, num_layers=1, num_heads=2, vocab_size=128)
     ),
-    "no attention": lambda: AutoModelForCausalLM.from_config(config_of("mamba")),
+    "relative attention of its own": lambda: AutoModelForCausalLM.from_config(
+        AutoConfig.for_model("xlnet", vocab_size=128, d_model=16, n_layer=1, n_head=2, d_inner=16)
+    ),
     "half": lambda: AutoModelForCausalLM.from_config(config_of("llama", **FEED_FORWARD)).half(),
 }
 NAMES = (
